@@ -1,0 +1,17 @@
+"""Losses between the logits of a student and of a teacher: [N, V], [N, V] -> [N], a value per answer
+position."""
+
+from switchkd.losses.answers import answer_rows, answer_terms
+from switchkd.losses.dbild import bild_loss, dbild_loss, knee
+from switchkd.losses.divergences import forward_kl, jsd, reverse_kl
+
+__all__ = [
+    "answer_rows",
+    "answer_terms",
+    "bild_loss",
+    "dbild_loss",
+    "forward_kl",
+    "jsd",
+    "knee",
+    "reverse_kl",
+]

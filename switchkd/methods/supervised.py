@@ -1,0 +1,45 @@
+"""Cross entropy alone: the teacher and the undistilled student come from the same trainer as the distilled one."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
+
+from switchkd.losses.answers import answer_rows, answer_terms
+from switchkd.methods.terms import Terms, over_answer_tokens
+from switchkd.models import pathway
+
+
+class SupervisedMethod(nn.Module):
+    """Next-token cross entropy on answer positions.
+
+    student: the model to train; freeze its parts with `switchkd.models.freeze`. The loss is a sum over the batch's
+    answer tokens, divided by `num_items_in_batch` (the answer tokens of the whole optimizer step) or, without it,
+    by the batch's own.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, student: LlavaForConditionalGeneration):
+        super().__init__()
+        self.student = student
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Terms:
+        """input_ids, attention_mask, labels [batch, time]; pixel_values [images, 3, height, width] or None."""
+        if pixel_values is None:
+            pixel_values = pathway.blank_pixels(self.student, like=input_ids)
+        visual_tokens = pathway.project(self.student, pathway.encode(self.student, pixel_values))
+        hidden = pathway.decode(self.student, input_ids, attention_mask, visual_tokens)
+        rows, targets = answer_rows(hidden, labels)
+        sums = answer_terms(rows, self.student.lm_head, targets)
+        return over_answer_tokens(sums, {"ce": 1.0}, targets, num_items_in_batch)
+
+    def progress(self, fraction: float) -> None:
+        """Called by the trainer before each step with the run's fraction done, 0 to 1. Nothing here depends on it."""

@@ -1,0 +1,75 @@
+"""The four steps of a LLaVA-style forward: encode, project, decode, head.
+
+`head(decode(project(encode(pixels))))` is the model's own forward (a test holds it to that). Cut open like this, one
+model's features can enter another model's projector, which is all the visual switch is. Another VLM family is one
+more set of these four steps, never a branch in a method.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration
+
+
+def encode(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
+    """Vision tower features that the projector reads.
+
+    pixel_values [images, 3, height, width] -> [images, visual tokens, width of the tower]: the hidden state of
+    `config.vision_feature_layer` (several layers are joined on the last axis), without the class token where
+    `config.vision_feature_select_strategy` is "default".
+    """
+    config = model.config
+    states = model.model.vision_tower(pixel_values, output_hidden_states=True, return_dict=True).hidden_states
+    first = 1 if config.vision_feature_select_strategy == "default" else 0
+    layers = config.vision_feature_layer
+    if isinstance(layers, int):
+        return states[layers][:, first:]
+    return torch.cat([states[layer][:, first:] for layer in layers], dim=-1)
+
+
+def project(model: LlavaForConditionalGeneration, features: Tensor) -> Tensor:
+    """[images, visual tokens, width of the tower] -> [images, visual tokens, hidden size of the language model]."""
+    return model.model.multi_modal_projector(features)
+
+
+def decode(
+    model: LlavaForConditionalGeneration,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    visual_tokens: Tensor,
+) -> Tensor:
+    """Last hidden states of the language model, [batch, time, hidden size].
+
+    `visual_tokens` [images, visual tokens, hidden size] take the places of the image tokens in `input_ids`
+    [batch, time], in order. The cache is off: positions are read all at once. Raises ValueError when the places and
+    the visual tokens differ in number.
+    """
+    places = input_ids == model.config.image_token_id
+    rows = visual_tokens.flatten(0, 1)
+    marked = int(places.sum())
+    if marked not in (0, rows.shape[0]):
+        raise ValueError(
+            f"input_ids hold {marked} image tokens but the images give {rows.shape[0]} visual tokens: encode the "
+            "samples with the student's own processor, and do not cut image tokens"
+        )
+    # With no image in the batch nothing is scattered, yet the tower stays in the graph: under ZeRO-3 and DDP every
+    # rank must run the same modules.
+    embeddings = model.get_input_embeddings()(input_ids)
+    embeddings = embeddings.masked_scatter(places.unsqueeze(-1), rows.to(embeddings.dtype))
+    return model.model.language_model(
+        inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
+    ).last_hidden_state
+
+
+def head(model: LlavaForConditionalGeneration, hidden: Tensor) -> Tensor:
+    """[..., hidden size] -> logits [..., vocabulary rows]."""
+    return model.lm_head(hidden)
+
+
+def blank_pixels(model: LlavaForConditionalGeneration, like: Tensor) -> Tensor:
+    """One zero image [1, channels, height, width] for a batch without images, on `like`'s device."""
+    vision = model.config.vision_config
+    parameter = next(model.model.vision_tower.parameters())
+    shape = (1, vision.num_channels, vision.image_size, vision.image_size)
+    return torch.zeros(shape, dtype=parameter.dtype, device=like.device)

@@ -1,0 +1,61 @@
+"""The student that a configuration names: a whole model, two parts, or the package's own tiny one."""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionModel,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    SiglipVisionModel,
+)
+
+from switchkd.config import StudentConfig
+from switchkd.models.llava import assemble_llava, freeze, load_llava
+from switchkd.models.tiny import CHAT_TEMPLATE, STUDENT_SHAPE, VISION_TOWER, tiny_text_config, tiny_tokenizer
+
+TOWERS = {
+    "siglip": SiglipVisionModel,
+    "siglip_vision_model": SiglipVisionModel,
+    "clip": CLIPVisionModel,
+    "clip_vision_model": CLIPVisionModel,
+}
+
+
+def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The student and its processor, its `config.freeze` parts frozen.
+
+    New weights (a projector, the tiny language model) follow torch's seed: set it before.
+    """
+    if config.path:
+        model, processor = load_llava(config.path)
+    else:
+        tower = load_vision_tower(config.vision_tower or str(VISION_TOWER))
+        if config.language_model:
+            tokenizer = AutoTokenizer.from_pretrained(config.language_model)
+            language_model = AutoModelForCausalLM.from_pretrained(config.language_model, use_safetensors=True)
+            template = None
+        else:
+            tokenizer, template = tiny_tokenizer(), CHAT_TEMPLATE
+            language_model = Qwen2ForCausalLM(tiny_text_config(tokenizer, **STUDENT_SHAPE))
+        model, processor = assemble_llava(
+            tower,
+            language_model,
+            tokenizer,
+            vision_feature_layer=config.vision_feature_layer,
+            chat_template=template,
+        )
+    freeze(model, config.freeze)
+    return model, processor
+
+
+def load_vision_tower(path: str) -> PreTrainedModel:
+    """A SigLIP or CLIP vision tower from a folder or Hub name, of its own or inside a whole SigLIP or CLIP model."""
+    kind = AutoConfig.from_pretrained(path).model_type
+    if kind not in TOWERS:
+        raise ValueError(f"student.vision_tower {path} is of type {kind!r}: known are {', '.join(TOWERS)}")
+    return TOWERS[kind].from_pretrained(path, use_safetensors=True)

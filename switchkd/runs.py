@@ -1,0 +1,81 @@
+"""A run's folder: what a run leaves behind, and where the next command finds it.
+
+runs/NAME/config.yaml  log.jsonl  results.json  answers.jsonl  table.md  boxes.png
+          teacher/  undistilled/  student/      stock checkpoints
+          checkpoints/                          what an unfinished stage resumes from
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from switchkd.config import RunConfig, load_config, save_config, weight_fields
+
+
+class RunFolder:
+    """The folder of one run. `path`: where it is. `config`: the run's configuration, `name` filled in."""
+
+    def __init__(self, path: Path, config: RunConfig):
+        self.path = path
+        self.config = config
+
+    @classmethod
+    def start(cls, config: RunConfig) -> RunFolder:
+        """A new folder, `out/name`, or `out/name-2`, `-3` ... where that is taken: no run is overwritten."""
+        number, path = 1, config.folder
+        while path.exists():
+            number += 1
+            path = config.folder.with_name(f"{config.name}-{number}")
+        path.mkdir(parents=True)
+        config = replace(config, name=path.name)
+        save_config(config, path / "config.yaml")
+        return cls(path, config)
+
+    @classmethod
+    def resume(cls, config: RunConfig) -> RunFolder:
+        """The folder `out/name` of a run that began earlier.
+
+        Raises FileNotFoundError where it is missing, ValueError naming the field where it ran under another
+        configuration.
+        """
+        path = config.folder
+        if not (path / "config.yaml").is_file():
+            raise FileNotFoundError(
+                f"{path} holds no run to resume: start without --resume, or give --name of a folder in {config.out}"
+            )
+        before, now = (
+            weight_fields(load_config(["--config", str(path / "config.yaml")])),
+            weight_fields(config),
+        )
+        for field in now:
+            if before[field] != now[field]:
+                raise ValueError(
+                    f"{path / 'config.yaml'} has {field} {before[field]}, this run {now[field]}: resume with the same "
+                    "configuration, or start a new run without --resume"
+                )
+        return cls(path, config)
+
+    def model(self, stage: str) -> Path:
+        """Folder of the stage's stock checkpoint; it exists only when the stage is finished."""
+        return self.path / stage
+
+    def checkpoints(self, stage: str) -> Path:
+        return self.path / "checkpoints" / stage
+
+    def write(self, name: str, content: dict | list[dict]) -> None:
+        """Writes one JSON file, or JSON lines for a list; in place only when whole."""
+        lines = content if isinstance(content, list) else None
+        text = json.dumps(content, indent=2) if lines is None else "".join(json.dumps(row) + "\n" for row in lines)
+        self.write_text(name, text)
+
+    def write_text(self, name: str, text: str) -> None:
+        staged = self.path / f".{name}.incomplete"
+        staged.write_text(text, encoding="utf-8")
+        os.replace(staged, self.path / name)
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.path / name).read_text(encoding="utf-8"))

@@ -1,0 +1,7 @@
+"""Training: one trainer for every method."""
+
+from switchkd.training.arguments import part_rates, training_arguments
+from switchkd.training.checkpoints import latest_checkpoint
+from switchkd.training.trainer import DistillTrainer
+
+__all__ = ["DistillTrainer", "latest_checkpoint", "part_rates", "training_arguments"]

@@ -1,0 +1,108 @@
+"""Training arguments: transformers' own, with the settings that a method in `DistillTrainer` needs."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from switchkd.config import TrainConfig
+
+# What decides the weights a run ends with: a resume under other values is refused.
+DECIDING = (
+    *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("world_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
+    *("weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("seed", "data_seed", "bf16", "fp16", "dataloader_drop_last"),
+)
+# What DistillTrainer relies on, and what it cannot do.
+REQUIRED = {
+    "remove_unused_columns": False,
+    "average_tokens_across_devices": True,
+    "load_best_model_at_end": False,
+    "push_to_hub": False,
+    "auto_find_batch_size": False,
+    "save_only_model": False,
+}
+
+
+def training_arguments(
+    config: TrainConfig, output_dir: str | os.PathLike, *, seed: int = 0, **overrides: Any
+) -> TrainingArguments:
+    """`TrainingArguments` of one run, checkpoints in `output_dir`; `overrides` go to `TrainingArguments` as
+    they are.
+
+    Trainer sets `seed` only when it is built: call `transformers.set_seed(seed)` before building a model that
+    starts from random weights. Where torch sees no accelerator the run is on the CPU: torchrun then gives DDP
+    over gloo, and a DeepSpeed launch works too.
+    """
+    on_cpu = not torch.accelerator.is_available()
+    if on_cpu and _wants_deepspeed(overrides):
+        # Without a gloo group made first, DeepSpeed sees all ranks and Trainer sees one: the same data on
+        # every rank.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
+        overrides = {"accelerator_config": {"use_configured_state": True}, **overrides}
+    settings = {
+        "max_steps": config.steps,
+        "per_device_train_batch_size": config.batch_size,
+        "gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "learning_rate": config.lr,
+        "lr_scheduler_type": config.scheduler,
+        "warmup_steps": config.warmup_ratio,  # below 1 it is a share of the steps
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_grad_norm,
+        "bf16": config.bf16,
+        "logging_steps": config.logging_steps,
+        "logging_nan_inf_filter": False,  # on, it hides a loss that is not finite
+        "save_steps": config.checkpoint_every,
+        "save_strategy": "steps" if config.checkpoint_every else "no",
+        "save_total_limit": config.keep_checkpoints,
+        "remove_unused_columns": False,  # the collator sees the sample ids
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": not on_cpu,
+        "use_cpu": on_cpu,
+        "report_to": "none",
+        "seed": seed,
+    }
+    return TrainingArguments(output_dir=str(output_dir), **{**settings, **overrides})
+
+
+def _wants_deepspeed(overrides: dict[str, Any]) -> bool:
+    return bool(overrides.get("deepspeed")) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in (
+        "true",
+        "1",
+    )
+
+
+def part_rates(config: TrainConfig) -> dict[str, float]:
+    """Learning rates of the parts that have their own: parameter name prefix -> rate."""
+    return {} if config.encoder_lr is None else {"student.model.vision_tower": config.encoder_lr}
+
+
+def deciding_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The arguments that decide the weights a run ends with, by name."""
+    return {name: getattr(args, name) for name in DECIDING}
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Raise ValueError for what would train silently wrong, or could not be resumed."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != ranks:
+        raise ValueError(
+            f"{ranks} processes were launched but this one trains as 1 of {args.world_size}, on all data: "
+            "make the arguments with training_arguments, or launch with a file of recipes/accelerate"
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs: launch one process each (accelerate launch --num_processes "
+            f"{args.n_gpu}), or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if args.fsdp:
+        raise ValueError("fsdp is set: DistillTrainer trains with DDP, ZeRO-2 or ZeRO-3 (recipes/accelerate)")
+    for name, value in REQUIRED.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"{name} is {getattr(args, name)}, DistillTrainer needs {value}")

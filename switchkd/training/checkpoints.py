@@ -1,0 +1,200 @@
+"""Checkpoints of a run: what they hold, when one counts as whole, and which one a run goes on from.
+
+`checkpoint-STEP/` holds `method.safetensors` (the method's state without its frozen teacher), transformers'
+optimizer, scheduler and random states, `trainer_state.json`, `training_args.json`, `run.json` (what decides
+the weights) and `checkpoint.json`, written last: the step and every file with its size. A folder whose files
+do not match that list is never taken for a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+STATE = "method.safetensors"
+RUN = "run.json"
+MANIFEST = "checkpoint.json"
+STAGING = ".incomplete"
+TEACHER = "teacher."
+
+
+def method_state(method: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers of `method` without its teacher's, by name; tied tensors once, under their first
+    name."""
+    state, seen = {}, set()
+    for name, tensor in method.state_dict(keep_vars=True).items():
+        if not name.startswith(TEACHER) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[name] = tensor
+    return state
+
+
+def gather(state: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """The tensors of `state` whole, detached and on the CPU; {} where `keep` is False.
+
+    Under ZeRO-3 each rank holds a share, so every rank has to call this, those that keep nothing too.
+    """
+    whole = {}
+    for name, tensor in state.items():
+        if hasattr(tensor, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([tensor], modifier_rank=None):
+                if keep:
+                    whole[name] = tensor.detach().cpu().clone()
+        elif keep:
+            whole[name] = tensor.detach().cpu().contiguous()
+    return whole
+
+
+def save_state(method: nn.Module, folder: Path, keep: bool = True) -> None:
+    """Write `method_state` into `folder`; a collective under ZeRO-3, where only ranks with `keep` write."""
+    state = gather(method_state(method), keep)
+    if keep:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state, folder / STATE, metadata={"format": "pt"})
+
+
+def load_state(method: nn.Module, folder: Path) -> None:
+    """Read what `save_state` wrote into `method`, exactly; a collective under ZeRO-3.
+
+    Raises ValueError when the names differ.
+    """
+    saved, expected = load_file(folder / STATE), method_state(method).keys()
+    if saved.keys() != expected:
+        missing, unknown = sorted(expected - saved.keys()), sorted(saved.keys() - expected)
+        raise ValueError(
+            f"{folder / STATE} does not fit this method: it lacks {len(missing)} names {missing[:3]} and has "
+            f"{len(unknown)} unknown ones {unknown[:3]}; build the method as the saved run did"
+        )
+    with torch.no_grad():
+        for name, tensor in method_state(method).items():
+            if hasattr(tensor, "ds_id"):
+                import deepspeed
+
+                with deepspeed.zero.GatheredParameters([tensor], modifier_rank=0):
+                    tensor.copy_(saved[name])
+            else:
+                tensor.copy_(saved[name])
+
+
+def seal(folder: Path, step: int) -> None:
+    """Write the file list of a finished folder and bring everything to the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    write_json(folder / MANIFEST, {"step": step, "files": sizes})
+    for path in [*files, folder / MANIFEST, folder]:
+        _to_disk(path)
+
+
+def put_in_place(staged: Path, final: Path) -> None:
+    """Give a finished folder its name; one of that name is replaced."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        shutil.rmtree(final)
+    os.replace(staged, final)
+    _to_disk(final.parent)
+
+
+def _to_disk(path: Path) -> None:
+    # Without this a power cut can leave a renamed folder whose files are empty.
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def flaw(folder: Path) -> str | None:
+    """Why `folder` is not a whole checkpoint, or None when it is one."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (ValueError, KeyError, TypeError):
+        return f"its {MANIFEST} cannot be read"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step after which a whole checkpoint was written."""
+    return json.loads((folder / MANIFEST).read_text())["step"]
+
+
+def latest_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """The whole checkpoint of the highest step in `folder`, or None; torn ones are passed over with a
+    warning."""
+    folder = Path(folder)
+    numbered = {}
+    for path in folder.glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            numbered[int(match[1])] = path
+    for step in sorted(numbered, reverse=True):
+        reason = flaw(numbered[step])
+        if reason is None:
+            return numbered[step]
+        logger.warning("%s is passed over as a checkpoint: %s", numbered[step], reason)
+    return None
+
+
+def refuse_other_run(checkpoint: Path, current: Mapping[str, Any]) -> None:
+    """Raise ValueError when `checkpoint` was written by a run with other values than `current`.
+
+    `current`: groups of values as `run.json` holds them, {"config": {...}, "arguments": {...}, ...}. The
+    first group that differs is reported with its keys and both values.
+    """
+    saved, current = json.loads((checkpoint / RUN).read_text()), as_json(current)
+    for group in current:
+        before, now = _flat(saved.get(group, {})), _flat(current[group])
+        different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        if different:
+            values = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in different]
+            raise ValueError(
+                f"{checkpoint} was written by another run: {'; '.join(values)}. Resume with the saved value, "
+                "or start a new run under another name"
+            )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
+    return flat
+
+
+def as_json(value: Any) -> Any:
+    """`value` as it reads back from a JSON file: tuples become lists, paths and enums their text."""
+    return json.loads(json.dumps(value, default=str))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`value` as indented JSON."""
+    path.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def disk_error(error: Exception, what: str, folder: Path, kept: Path | None) -> OSError:
+    """One sentence for a save that failed: what, where, how much room there was, why, what is still whole."""
+    free = shutil.disk_usage(folder if folder.exists() else Path.cwd()).free / 2**20
+    rest = f"{kept} is whole" if kept else "no earlier one exists"
+    return OSError(f"{what} could not be saved in {folder} ({free:.0f} MiB free): {error}; {rest}")

@@ -1,0 +1,312 @@
+"""The one trainer: a transformers Trainer for methods, modules whose forward returns Terms."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper, DistributedType
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import (
+    PrinterCallback,
+    ProcessorMixin,
+    ProgressCallback,
+    Trainer,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+
+from switchkd.methods.terms import Terms
+from switchkd.training import checkpoints
+from switchkd.training.arguments import check_arguments, deciding_arguments
+from switchkd.training.logs import StepLog, TermsBar
+
+
+class DistillTrainer(Trainer):
+    """Trains a method: `method.student` is what it makes, and `method(**batch)` returns `Terms`.
+
+    The method itself is what Accelerate wraps, so that the hooks of DDP and ZeRO fire on every path through
+    student and teacher.
+
+    method: has `accepts_loss_kwargs = True`, divides its sums by `num_items_in_batch` (the answer tokens of
+        the whole optimizer step over ranks and micro-batches) and has `progress(fraction)`, called before
+        each forward.
+    args: see `training_arguments`. Checkpoints go to `args.output_dir`.
+    processing_class: the student's processor, exported beside it.
+    data_collator: leaves `labels[:, 0] == -100`; by default `switchkd.data.encoding.Collator`.
+    part_rates: learning rates by parameter name prefix ("student.model.vision_tower"); the longest prefix
+        wins, the rest trains at `args.learning_rate`. The logged learning rate is the rest's.
+    run_config: the run's configuration, flat or nested; a resume under another one is refused.
+    log_file: where the records of each log go, `log.jsonl` in `args.output_dir` by default.
+
+    Raises ValueError for arguments that would train silently wrong.
+    """
+
+    def __init__(
+        self,
+        method: nn.Module,
+        args: TrainingArguments,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | None = None,
+        processing_class: ProcessorMixin | None = None,
+        *,
+        data_collator: Callable[[list], dict[str, Tensor]] | None = None,
+        part_rates: Mapping[str, float] | None = None,
+        run_config: Mapping[str, Any] | None = None,
+        log_file: str | os.PathLike | None = None,
+        **options: Any,
+    ):
+        _check_method(method)
+        check_arguments(args)
+        if data_collator is None:
+            from switchkd.data.encoding import Collator
+
+            data_collator = Collator(processing_class.tokenizer.pad_token_id)
+        super().__init__(
+            model=method,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **options,
+        )
+        self.method = method
+        self.part_rates = dict(part_rates or {})
+        self.run_config = dict(run_config or {})
+        self.step_log = StepLog(Path(log_file or Path(args.output_dir) / "log.jsonl"))
+        self.add_callback(self.step_log)
+        if self.pop_callback(ProgressCallback):
+            self.add_callback(TermsBar)
+        self.remove_callback(PrinterCallback)  # what it prints is in the log file
+        self._term_sums: dict[str, Tensor] = {}
+        self._term_steps: set[int] = set()
+        self._staging = False
+
+    # ---- The step
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch: forward, terms added up for the log, `backward`; otherwise Trainer's own step."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers have the two modes
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        self.method.progress(self.state.global_step / self.state.max_steps)
+        with self.compute_loss_context_manager():
+            loss, terms = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        terms.loss = loss
+        self._term_steps.add(self.state.global_step)
+        for name, value in terms.named.items():
+            self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()
+        self.backward(terms)
+        return loss.detach()
+
+    def backward(self, terms: Terms) -> None:
+        """Add this micro-batch's gradient to the parameters'. Override it to coordinate the terms' gradients.
+
+        `terms.loss` is divided by the answer tokens of the whole step and multiplied by the number of ranks,
+        whose gradients DDP and ZeRO average: call nothing else than `self.accelerator.backward` or
+        `torch.autograd.grad`.
+        """
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        # DeepSpeed would divide by the accumulation steps, which the count of answer tokens already holds.
+        self.accelerator.backward(terms.loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's log with each term: summed over ranks, mean over the steps since the last log."""
+        if "loss" in logs and self._term_steps:
+            names = sorted(self._term_sums)
+            sums = torch.stack([self._term_sums[name] for name in names])
+            means = self.accelerator.reduce(sums, reduction="sum") / len(self._term_steps)
+            logs |= dict(zip(names, means.tolist(), strict=True))
+            self._term_sums, self._term_steps = {}, set()
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"the loss is {logs['loss']} at step {self.state.global_step} ({self.step_log.path} has the "
+                "terms): start again with a lower learning rate or a smaller max_grad_norm"
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's optimizer over groups by part and decay: norms and biases are not decayed."""
+        model = self.model if model is None else model
+        if self.optimizer is None:
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer(self._parameter_groups(model), **options)
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        decayed = set(self.get_decay_parameter_names(model))
+        # The rest comes first: Trainer logs the first group's rate.
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {("", True): [], ("", False): []}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                part = max((p for p in self.part_rates if f"{name}.".startswith(f"{p}.")), key=len, default="")
+                groups.setdefault((part, name in decayed), []).append(parameter)
+        for part in self.part_rates:
+            if (part, True) not in groups and (part, False) not in groups:
+                parts = sorted({".".join(n.split(".")[:3]) for n, p in model.named_parameters() if p.requires_grad})
+                raise ValueError(
+                    f"a learning rate is given for {part!r}, where nothing is trained; trained are {', '.join(parts)}"
+                )
+        return [
+            {
+                "params": parameters,
+                "lr": self.part_rates.get(part, self.args.learning_rate),
+                "weight_decay": self.args.weight_decay if decay else 0.0,
+            }
+            for (part, decay), parameters in groups.items()
+            if parameters
+        ]
+
+    # ---- Checkpoints
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **options: Any):
+        """Train to the end, from the start or from a checkpoint.
+
+        resume_from_checkpoint: a checkpoint's folder; True takes the newest whole one of `args.output_dir`,
+        or starts where there is none. The weights end bit for bit as those of the uninterrupted run. Raises
+        ValueError when the checkpoint is torn or another run's, and when a fresh start would mix with an
+        earlier run's checkpoints.
+        """
+        found = checkpoints.latest_checkpoint(self.args.output_dir)
+        if not resume_from_checkpoint and found and self.args.save_strategy != "no":
+            raise ValueError(
+                f"{self.args.output_dir} holds {found.name} of an earlier run: resume it "
+                "(resume_from_checkpoint=True), remove it, or give this run another folder"
+            )
+        if resume_from_checkpoint is True:
+            checkpoint = found
+        else:
+            checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint:
+            if reason := checkpoints.flaw(checkpoint):
+                raise ValueError(f"{checkpoint} is not a whole checkpoint: {reason}; resume from another one")
+            checkpoints.refuse_other_run(checkpoint, self._run())
+        if self.is_world_process_zero():
+            self.step_log.start(checkpoints.step_of(checkpoint) if checkpoint else 0)
+        self._term_sums, self._term_steps = {}, set()
+        if checkpoint and checkpoints.step_of(checkpoint) >= self.args.max_steps > 0:
+            # Trainer would train one step more.
+            checkpoints.load_state(self.method, checkpoint)
+            self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            return TrainOutput(self.state.global_step, math.nan, {})
+        return super().train(str(checkpoint) if checkpoint else None, **options)
+
+    def _run(self) -> dict[str, Any]:
+        """What decides the weights, as it is kept in a checkpoint and compared on resume."""
+        return {
+            "config": self.run_config,
+            "arguments": deciding_arguments(self.args),
+            "parts": {"rates": self.part_rates, "method": type(self.method).__name__},
+            "data": {"samples": len(self.train_dataset)},
+        }
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Export the student; inside a checkpoint (Trainer's internal call) write the method's state."""
+        if _internal_call:
+            checkpoints.save_state(self.method, Path(output_dir), keep=self.args.should_save)
+        else:
+            self.export_student(output_dir or Path(self.args.output_dir) / "student")
+
+    def export_student(self, folder: str | os.PathLike) -> None:
+        """Write the student and its processor as a stock checkpoint; all ranks call this. Replaces `folder`.
+
+        Under ZeRO-3 call `transformers.integrations.unset_hf_deepspeed_config()` before one rank alone loads
+        it again: `from_pretrained` would shard it and wait for the others. Raises OSError when it cannot be
+        written; `folder` is then as it was before.
+        """
+        folder = Path(folder)
+        staged = folder.with_name(f".{folder.name}{checkpoints.STAGING}")
+        state = checkpoints.method_state(self.method)
+        state = {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
+        state = checkpoints.gather(state, keep=self.args.should_save)
+        if self.args.should_save:
+            shutil.rmtree(staged, ignore_errors=True)
+            try:
+                self.method.student.save_pretrained(staged, state_dict=state)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(staged)
+                checkpoints.put_in_place(staged, folder)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                kept = folder if folder.exists() else None
+                failure = checkpoints.disk_error(error, "the student", folder.parent, kept)
+                shutil.rmtree(staged, ignore_errors=True)
+                raise failure from error
+        self.accelerator.wait_for_everyone()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = Path(super()._get_output_dir(trial))
+        return str(folder / checkpoints.STAGING if self._staging else folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Trainer's checkpoint, written into a staging folder, sealed with its file list, then renamed."""
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        staging = folder / checkpoints.STAGING
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)  # what a kill left
+        self.accelerator.wait_for_everyone()
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                staged = staging / f"checkpoint-{step}"
+                checkpoints.write_json(staged / checkpoints.RUN, self._run())
+                checkpoints.write_json(staged / "training_args.json", self.args.to_dict())
+                checkpoints.seal(staged, step)
+                checkpoints.put_in_place(staged, folder / staged.name)
+                staging.rmdir()
+                rotate_checkpoints(str(folder), self.args.save_total_limit)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            kept = checkpoints.latest_checkpoint(folder)
+            failure = checkpoints.disk_error(error, f"checkpoint-{step}", folder, kept)
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise failure from error
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoints.load_state(self.method, Path(resume_from_checkpoint))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_deepspeed_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer leaves frozen parameters, the teacher, out for PEFT models only.
+        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
+        if not (self.is_deepspeed_enabled and resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        # The engine's file lacks the frozen parameters (start values), so Trainer's strict load would refuse.
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+
+def _check_method(method: nn.Module) -> None:
+    name = type(method).__name__
+    if getattr(method, "accepts_loss_kwargs", None) is not True:
+        raise ValueError(
+            f"{name}.accepts_loss_kwargs is not True: the loss would not be divided by the answer tokens of "
+            "the whole step; set it, and take num_items_in_batch in forward"
+        )
+    if not isinstance(getattr(method, "student", None), nn.Module):
+        raise ValueError(f"{name} has no student: set self.student to the model that is trained")

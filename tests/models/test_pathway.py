@@ -1,0 +1,64 @@
+import pytest
+import torch
+from transformers import (
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from switchkd.models import pathway
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def llava(vision, layer, strategy):
+    text = Qwen2Config(**{**SIZES, "num_key_value_heads": 2}, vocab_size=120)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+        image_token_index=3,
+    )
+    return LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "layer", "strategy"),
+    [
+        (SiglipVisionConfig, -2, "full"),
+        (SiglipVisionConfig, -1, "full"),
+        (CLIPVisionConfig, -2, "default"),
+        (CLIPVisionConfig, [-3, -1], "default"),
+    ],
+)
+def test_the_four_steps_are_the_models_own_forward(config, layer, strategy):
+    model = llava(config(**SIZES, image_size=32, patch_size=8), layer, strategy)
+    ids = torch.tensor([[5, *[3] * 16, 7, 8, 0, 0], [9, 10, *[3] * 16, 11, 12, 13]])
+    mask = torch.tensor([[1] * 19 + [0] * 2, [1] * 21])
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        tokens = pathway.project(model, pathway.encode(model, pixels))
+        ours = pathway.head(model, pathway.decode(model, ids, mask, tokens))
+        stock = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
+    assert torch.allclose(ours[mask.bool()], stock[mask.bool()], atol=1e-5)
+
+
+def test_image_tokens_and_visual_tokens_must_be_equally_many(student, batch):
+    tokens = pathway.project(student, pathway.encode(student, batch["pixel_values"][:1]))
+    with pytest.raises(ValueError, match="hold 32 image tokens but the images give 16 visual tokens"):
+        pathway.decode(student, batch["input_ids"], batch["attention_mask"], tokens)
+
+
+def test_without_images_the_tower_stays_in_the_graph(student):
+    ids = torch.tensor([[5, 6, 7]])
+    pixels = pathway.blank_pixels(student, like=ids)
+    tokens = pathway.project(student, pathway.encode(student, pixels))
+    hidden = pathway.decode(student, ids, None, tokens)
+    hidden.sum().backward()
+    weight = student.model.vision_tower.embeddings.patch_embedding.weight
+    assert weight.grad is not None
+    assert weight.grad.abs().max() == 0
+    assert torch.allclose(pathway.head(student, hidden), student(input_ids=ids).logits, atol=1e-5)
