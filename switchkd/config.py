@@ -36,7 +36,6 @@ class DataConfig:
     """Images to judge on; left out, all there are."""
     image_seed: int = 0
     """Seed of the rendered images, of which images are picked, and of the questions."""
-
     max_length: int | None = None
     """Longest sample in tokens; a sample whose image tokens or whole answer would be cut is refused."""
     in_memory: bool = False
@@ -233,14 +232,12 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
 
 
 def weight_fields(config: RunConfig) -> dict[str, Any]:
-    """Every field that decides a run's weights, by dotted name; all but its name, place, threads and
-    judging."""
-    flat: dict[str, Any] = {}
-    for part in fields(config):
-        value = getattr(config, part.name)
-        if is_dataclass(value) and part.name != "judge":
-            flat |= {f"{part.name}.{name}": item for name, item in asdict(value).items()}
-    return {"seed": config.seed, **flat}
+    """The fields that decide a run's weights, by dotted name: all but names, places, judging and what is kept."""
+    free = ("data.root", "data.in_memory", "train.keep_checkpoints")
+    flat: dict[str, Any] = {"seed": config.seed}
+    for part in ("data", "teacher", "student", "method", "train"):
+        flat |= {f"{part}.{name}": item for name, item in asdict(getattr(config, part)).items()}
+    return {name: item for name, item in flat.items() if name not in free}
 
 
 def _plain(value: Any) -> Any:

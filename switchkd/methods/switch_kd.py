@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from switchkd import losses
 from switchkd.losses.answers import answer_rows, answer_terms
-from switchkd.methods.terms import Terms, over_answer_tokens
+from switchkd.methods.terms import CHUNK, Terms, chunks_of_all_ranks, over_answer_tokens
 from switchkd.models import pathway
 
 logger = logging.getLogger(__name__)
@@ -141,6 +141,8 @@ class SwitchKD(nn.Module):
             align=self.align,
             switch=self.switch,
             shared_vocab=self.shared_vocab,
+            chunk=CHUNK,
+            min_chunks=chunks_of_all_ranks(targets),
         )
         return over_answer_tokens(sums, self.weights, targets, num_items_in_batch)
 
@@ -164,6 +166,7 @@ def _divergence(field: str, choice: str | Divergence | None, options: Mapping | 
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ValueError(f"{field}_options: {choice.__name__} has no option {unknown}; it has {', '.join(known)}")
+        choice(torch.zeros(1, 4), torch.zeros(1, 4), **options)  # options out of range are refused here, not at step 1
     return functools.partial(choice, **options) if options else choice
 
 

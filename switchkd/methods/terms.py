@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+import torch.distributed
 from torch import Tensor
 from transformers.utils import ModelOutput
+
+CHUNK = 1024  # answer rows that a language-model head reads at once: bounds the memory of logits
 
 
 @dataclass
@@ -31,3 +35,16 @@ def over_answer_tokens(
     means = {name: total / count for name, total in sums.items()}
     loss = sum(weights[name] * mean for name, mean in means.items())
     return Terms(loss=loss, named={name: mean.detach() for name, mean in means.items()})
+
+
+def chunks_of_all_ranks(targets: Tensor) -> int:
+    """ceil(N / CHUNK) of the rank with most answer tokens.
+
+    Where ZeRO-3 or FSDP shard the heads each head call is a collective, so all ranks must run equally many chunks.
+    """
+    chunks = -(-targets.numel() // CHUNK)
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return chunks
+    most = torch.tensor(chunks, device=targets.device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)

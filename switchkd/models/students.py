@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +30,8 @@ TOWERS = {
 def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The student and its processor, its `config.freeze` parts frozen.
 
-    New weights (a projector, the tiny language model) follow torch's seed: set it before.
+    All weights in float32, as they are trained. New ones (a projector, the tiny language model) follow torch's
+    seed: set it before.
     """
     if config.path:
         model, processor = load_llava(config.path)
@@ -37,7 +39,9 @@ def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration,
         tower = load_vision_tower(config.vision_tower or str(VISION_TOWER))
         if config.language_model:
             tokenizer = AutoTokenizer.from_pretrained(config.language_model)
-            language_model = AutoModelForCausalLM.from_pretrained(config.language_model, use_safetensors=True)
+            language_model = AutoModelForCausalLM.from_pretrained(
+                config.language_model, dtype=torch.float32, use_safetensors=True
+            )
             template = None
         else:
             tokenizer, template = tiny_tokenizer(), CHAT_TEMPLATE
@@ -58,4 +62,4 @@ def load_vision_tower(path: str) -> PreTrainedModel:
     kind = AutoConfig.from_pretrained(path).model_type
     if kind not in TOWERS:
         raise ValueError(f"student.vision_tower {path} is of type {kind!r}: known are {', '.join(TOWERS)}")
-    return TOWERS[kind].from_pretrained(path, use_safetensors=True)
+    return TOWERS[kind].from_pretrained(path, dtype=torch.float32, use_safetensors=True)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 
 class TermsBar(ProgressCallback):
-    """Progress bar with rate, time left and the latest loss terms. After a resume it starts at the resumed
-    step."""
+    """Progress bar with rate, time left and the latest loss terms; it starts at a resumed run's step."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -28,21 +29,29 @@ class TermsBar(ProgressCallback):
 
 
 class StepLog(TrainerCallback):
-    """Appends what the trainer logs to a file, one JSON object a line with its "step"; rank 0 only."""
+    """Appends what the trainer logs to a file, one JSON object a line with its "step"; rank 0 only.
 
-    def __init__(self, path: Path):
+    fields: written into each record, such as {"stage": "teacher"}; runs with other fields can share the file.
+    """
+
+    def __init__(self, path: Path, fields: Mapping[str, Any]):
         self.path = path
+        self.fields = dict(fields)
 
     def start(self, step: int) -> None:
-        """Keep the records up to `step` (0: none), drop later ones and a line torn by a kill."""
-        lines = self.path.read_text().splitlines(keepends=True) if step and self.path.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        """Keep this run's records up to `step` and all of other runs; drop a line torn by a kill."""
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         staged = self.path.with_name(self.path.name + ".incomplete")
-        staged.write_text("".join(kept))
+        staged.write_text("".join(line for line in lines if line.endswith("\n") and self._stays(line, step)))
         os.replace(staged, self.path)
+
+    def _stays(self, line: str, step: int) -> bool:
+        record = json.loads(line)
+        ours = all(record.get(name) == value for name, value in self.fields.items())
+        return not ours or 0 < record["step"] <= step
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({**self.fields, "step": state.global_step, **logs}) + "\n")

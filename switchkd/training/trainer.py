@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
+from switchkd.data.encoding import Collator
 from switchkd.methods.terms import Terms
 from switchkd.training import checkpoints
 from switchkd.training.arguments import check_arguments, deciding_arguments
@@ -46,6 +47,7 @@ class DistillTrainer(Trainer):
         wins, the rest trains at `args.learning_rate`. The logged learning rate is the rest's.
     run_config: the run's configuration, flat or nested; a resume under another one is refused.
     log_file: where the records of each log go, `log.jsonl` in `args.output_dir` by default.
+    log_fields: written into each record, so that runs can share a log file.
 
     Raises ValueError for arguments that would train silently wrong.
     """
@@ -62,13 +64,12 @@ class DistillTrainer(Trainer):
         part_rates: Mapping[str, float] | None = None,
         run_config: Mapping[str, Any] | None = None,
         log_file: str | os.PathLike | None = None,
+        log_fields: Mapping[str, Any] | None = None,
         **options: Any,
     ):
         _check_method(method)
         check_arguments(args)
         if data_collator is None:
-            from switchkd.data.encoding import Collator
-
             data_collator = Collator(processing_class.tokenizer.pad_token_id)
         super().__init__(
             model=method,
@@ -82,7 +83,7 @@ class DistillTrainer(Trainer):
         self.method = method
         self.part_rates = dict(part_rates or {})
         self.run_config = dict(run_config or {})
-        self.step_log = StepLog(Path(log_file or Path(args.output_dir) / "log.jsonl"))
+        self.step_log = StepLog(Path(log_file or Path(args.output_dir) / "log.jsonl"), log_fields or {})
         self.add_callback(self.step_log)
         if self.pop_callback(ProgressCallback):
             self.add_callback(TermsBar)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
-from toy_run import ToyMethod, toy_collate, toy_trainer
+from safetensors.torch import load_file
+from toy_run import ToyMethod, toy_collate, toy_trainer, weights_hash
 from transformers import TrainerCallback, TrainingArguments
 
-from switchkd.methods.terms import Terms
-from switchkd.training import DistillTrainer
+from switchkd import SwitchKD, Terms
+from switchkd.config import TrainConfig
+from switchkd.data import ConversationDataset, to_conversations
+from switchkd.data.steel import CLASSES, render_steel
+from switchkd.models import freeze
+from switchkd.training import DistillTrainer, part_rates, training_arguments
 
 
 def records(trainer, key="loss"):
@@ -125,6 +131,26 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_switch_kd_trains_on_conversations_with_the_default_collator(tmp_path, student, teacher, processor, bf16):
+    freeze(student)
+    method = SwitchKD(student, teacher, switch="forward_kl")
+    data = ConversationDataset(list(to_conversations(render_steel(4, seed=0, size=32), CLASSES))[:8], processor)
+    config = TrainConfig(steps=3, batch_size=2, checkpoint_every=3, logging_steps=1, encoder_lr=1e-4, bf16=bf16)
+    args = training_arguments(config, tmp_path, disable_tqdm=True)
+    trainer = DistillTrainer(method, args, data, processing_class=processor, part_rates=part_rates(config))
+    tower, frozen = weights_hash(student.model.vision_tower), weights_hash(teacher)
+    trainer.train()
+    assert weights_hash(student.model.vision_tower) != tower
+    assert weights_hash(teacher) == frozen
+    assert len(records(trainer)) == 3
+    for record in records(trainer):
+        assert record["loss"] == pytest.approx(record["ce"] + record["align"] + record["switch"], rel=1e-4)
+    state = load_file(tmp_path / "checkpoint-3" / "method.safetensors")
+    assert state
+    assert all(name.startswith("student.") for name in state)
+
+
 # ---- The optimizer
 
 
@@ -180,6 +206,22 @@ def test_log_is_cut_to_the_resumed_step(tmp_path):
     trainer = toy_trainer(tmp_path)
     trainer.train(resume_from_checkpoint=tmp_path / "checkpoint-4")
     assert [record["step"] for record in records(trainer)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_runs_share_a_log_file(tmp_path):
+    log = tmp_path / "log.jsonl"
+
+    def run(stage, **settings):
+        trainer = toy_trainer(tmp_path / stage, log_file=log, log_fields={"stage": stage}, **settings)
+        trainer.train(resume_from_checkpoint=True)
+        return [(r["stage"], r["step"]) for r in map(json.loads, log.read_text().splitlines()) if "ce" in r]
+
+    first = [("teacher", step) for step in range(1, 7)]
+    assert run("teacher") == first
+    assert run("student", callbacks=[StopAfter(5)]) == first + [("student", step) for step in range(1, 6)]
+    assert run("student") == first + [("student", step) for step in range(1, 7)]
+    shutil.rmtree(tmp_path / "student")  # started afresh: its own earlier records go
+    assert run("student", steps=2) == [*first, ("student", 1), ("student", 2)]
 
 
 def test_evaluation_works_through_the_same_forward(tmp_path):

@@ -134,7 +134,8 @@ def toy_trainer(out, *, samples=12, callbacks=(), trainer=DistillTrainer, dropou
     method = ToyMethod(dropout)
     config = {"steps": 6, "batch_size": 2, "checkpoint_every": 2, "logging_steps": 1, "lr": 1e-2}
     config |= {name: settings.pop(name) for name in list(settings) if name in TrainConfig.__dataclass_fields__}
-    to_trainer = {n: settings.pop(n) for n in ("part_rates", "run_config", "processing_class") if n in settings}
+    names = ("part_rates", "run_config", "processing_class", "log_file", "log_fields")
+    to_trainer = {name: settings.pop(name) for name in names if name in settings}
     args = training_arguments(TrainConfig(**config), out, **{"disable_tqdm": True, **settings})
     return trainer(method, args, ToyData(samples), data_collator=toy_collate, callbacks=list(callbacks), **to_trainer)
 
