@@ -45,14 +45,15 @@ def main(argv: list[str] | None = None) -> Path:
     """Runs every stage that is not finished yet, judges, and returns the run's folder."""
     started = time.perf_counter()
     argv = list(sys.argv[1:] if argv is None else argv)
-    config = load_config(argv if "--config" in argv else ["--config", str(QUICKSTART), *argv])
+    if not any(argument.partition("=")[0] == "--config" for argument in argv):
+        argv = ["--config", str(QUICKSTART), *argv]
+    config = load_config(argv)
     transformers_logging.disable_progress_bar()
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
     state = PartialState()
-    run = open_run(config)
-    state.print(f"run folder: {run.path}")
+    run = RunFolder.resume(config) if config.resume else None
 
     source = load_source(config.data)
     teacher, teacher_processor = load_llava(config.teacher.path or TEACHER)
@@ -64,6 +65,8 @@ def main(argv: list[str] | None = None) -> Path:
     samples = ConversationDataset(source.train, processor, config.data.max_length)
     if config.data.in_memory:
         samples = [samples[index] for index in tqdm(range(len(samples)), desc="encoding", unit="sample")]
+    run = run or start_run(config)  # what cannot run has ended above and leaves no folder
+    state.print(f"run folder: {run.path}")
 
     if config.teacher.steps:
         if not run.model("teacher").exists():
@@ -86,12 +89,9 @@ def main(argv: list[str] | None = None) -> Path:
     return run.path
 
 
-def open_run(config: RunConfig) -> RunFolder:
-    """The run's folder, made by the first process and read by the others."""
-    state = PartialState()
-    if config.resume:
-        return RunFolder.resume(config)
-    folder = [RunFolder.start(config) if state.is_main_process else None]
+def start_run(config: RunConfig) -> RunFolder:
+    """The run's folder, made by the first process and known to all."""
+    folder = [RunFolder.start(config) if PartialState().is_main_process else None]
     return broadcast_object_list(folder)[0]
 
 

@@ -41,6 +41,11 @@ class DataConfig:
     in_memory: bool = False
     """Encode all training samples once and keep them in memory: for small sets, 0.1 to 2 MB a picture."""
 
+    def __post_init__(self):
+        for name in ("train_images", "test_images"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise ValueError(f"data.{name} is {count}, it must be 1 or more; left out, all there are")
+
     def folder(self) -> Path:
         """`root` with its variables filled in; ValueError when it is not given or names an unset variable,
         FileNotFoundError when it is no folder."""

@@ -7,6 +7,7 @@ runs/NAME/config.yaml  log.jsonl  results.json  answers.jsonl  table.md  boxes.p
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -26,11 +27,13 @@ class RunFolder:
     @classmethod
     def start(cls, config: RunConfig) -> RunFolder:
         """A new folder, `out/name`, or `out/name-2`, `-3` ... where that is taken: no run is overwritten."""
-        number, path = 1, config.folder
-        while path.exists():
-            number += 1
-            path = config.folder.with_name(f"{config.name}-{number}")
-        path.mkdir(parents=True)
+        path = config.folder
+        for number in itertools.count(2):
+            try:
+                path.mkdir(parents=True)  # also right when two runs start at once
+                break
+            except FileExistsError:
+                path = config.folder.with_name(f"{config.name}-{number}")
         config = replace(config, name=path.name)
         save_config(config, path / "config.yaml")
         return cls(path, config)

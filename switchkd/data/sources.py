@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from switchkd.config import DataConfig
-from switchkd.data.conversations import Conversation, join_turns, read_llava, read_messages
+from switchkd.data.conversations import Conversation, check_conversations, join_turns, read_llava, read_messages
 from switchkd.data.defects import DefectImage, read_defects
 from switchkd.data.instruct import to_conversations
 from switchkd.data.steel import CLASSES, render_steel
 
-# Rendered parts never share a picture: each has a stream of its own beside `image_seed`.
-TRAIN_STREAM, TEST_STREAM, PRETRAIN_STREAM = 0, 1, 2
+# Rendered parts never share a picture: each has a stream of its own, and `recipes/make_tiny.py` has 2 and 3.
+TRAIN_STREAM, TEST_STREAM = 0, 1
 
 
 @dataclass(frozen=True)
@@ -32,20 +34,17 @@ def load_source(config: DataConfig) -> Source:
             steel_part(config, TEST_STREAM, config.test_images),
         ]
         return _from_defects(images, CLASSES, config.image_seed)
-    root = config.folder()
+    root, seed = config.folder(), config.image_seed
     if config.source == "voc":
-        images = [
-            list(read_defects(root, split=split))[:limit]
-            for split, limit in (
-                (config.train_split, config.train_images),
-                (config.test_split, config.test_images),
-            )
-        ]
-        classes = sorted({label for image in images[0] for label in image.labels})
-        return _from_defects(images, classes, config.image_seed)
-    read = read_llava if config.source == "llava" else read_messages
-    train, test = (list(read(Path(split), root)) for split in (config.train_split, config.test_split))
-    return Source(train[: config.train_images], test[: config.test_images])
+        train, test = (list(read_defects(root, split=split)) for split in (config.train_split, config.test_split))
+        # Of the whole split, so that the questions do not change with the number of images.
+        classes = sorted({label for image in train for label in image.labels})
+        _check_classes(test, classes, config)
+        parts = [_picked(train, config.train_images, seed), _picked(test, config.test_images, seed)]
+        return _from_defects(parts, classes, seed)
+    train = _picked(_read_file(config, "train_split", root), config.train_images, seed)
+    test = _picked(_read_file(config, "test_split", root), config.test_images, seed)
+    return Source(train, _check_questions(test, config.test_split))
 
 
 def steel_part(config: DataConfig, stream: int, count: int | None) -> list[DefectImage]:
@@ -60,3 +59,48 @@ def _from_defects(parts: Sequence[list[DefectImage]], classes: Sequence[str], se
     # Several turns an image share one pass of the vision tower. Judging asks each question alone.
     turns = join_turns(to_conversations(train, classes, seed), shuffle_seed=seed)
     return Source(turns, list(to_conversations(test, classes, seed)))
+
+
+def _check_classes(test: Sequence[DefectImage], classes: Sequence[str], config: DataConfig) -> None:
+    if not classes:
+        raise ValueError(f"data.train_split {config.train_split}: no image has a box, so there is no class to ask for")
+    for image in test:
+        for label in image.labels:
+            if label not in classes:
+                raise ValueError(
+                    f"data.test_split {config.test_split}: {image.id} has class {label!r}, which no image of "
+                    f"data.train_split {config.train_split} has; its classes are {', '.join(classes)}: correct the "
+                    "label, or choose splits of the same classes"
+                )
+
+
+def _read_file(config: DataConfig, field: str, root: Path) -> list[Conversation]:
+    path = Path(getattr(config, field))
+    if not path.is_file():
+        raise FileNotFoundError(f"data.{field} is {path}, which is not a file: give the file of conversations")
+    conversations = list((read_llava if config.source == "llava" else read_messages)(path, root))
+    if not conversations:
+        raise ValueError(f"data.{field}: {path} holds no conversation")
+    return conversations
+
+
+def _check_questions(conversations: list[Conversation], name: str) -> list[Conversation]:
+    """What can be asked and judged: found out here, not after the training."""
+    for conversation in check_conversations(conversations, what=name):
+        if [message["role"] for message in conversation.messages[-2:]] != ["user", "assistant"]:
+            raise ValueError(
+                f"{name}: conversation {conversation.id!r} does not end in a question and its answer, so that it "
+                "cannot be judged: remove what follows the answer, or add the answer"
+            )
+    return conversations
+
+
+Item = TypeVar("Item")
+
+
+def _picked(items: list[Item], count: int | None, seed: int) -> list[Item]:
+    """`count` of the items at random, in their order; all where `count` is None or there are no more."""
+    if count is None or count >= len(items):
+        return items
+    chosen = random.Random(seed).sample(range(len(items)), count)
+    return [items[index] for index in sorted(chosen)]

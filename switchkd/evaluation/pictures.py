@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw
 
-from switchkd.data.conversations import Conversation, message_text
+from switchkd.data.conversations import Conversation
 from switchkd.data.images import load_image
 from switchkd.data.instruct import grid_to_box
 from switchkd.evaluation.detection_qa import parse_boxes
@@ -28,8 +28,8 @@ def draw_located(
     located = [index for index, conversation in enumerate(conversations) if conversation.kind == "locate"]
     if not located:
         return None
-    step = max(1, len(located) // most)
-    chosen = located[::step][:most]
+    rows = min(most, len(located))
+    chosen = [located[row * len(located) // rows] for row in range(rows)]
     margin, caption = 6, 30
     sheet = Image.new(
         "RGB",
@@ -45,8 +45,7 @@ def draw_located(
             left = margin + column * (SIDE + margin)
             drawn = _drawn(conversations[index], answers[name][index])
             sheet.paste(drawn, (left, top))
-        question = message_text(conversations[index].messages[-2])
-        pen.text((margin, top + SIDE + 6), question, fill="black")
+        pen.text((margin, top + SIDE + 6), conversations[index].question, fill="black")
     return sheet
 
 
@@ -55,7 +54,7 @@ def _drawn(conversation: Conversation, answer: Answer) -> Image.Image:
     scale = SIDE / max(picture.size)
     picture = picture.resize((round(picture.width * scale), round(picture.height * scale)))
     pen = ImageDraw.Draw(picture)
-    for _, box in parse_boxes(message_text(conversation.messages[-1])) or []:
+    for _, box in parse_boxes(conversation.answer) or []:
         pen.rectangle(grid_to_box(box, *picture.size), outline=REFERENCE, width=2)
     found = parse_boxes(answer.text)
     if found is None:

@@ -14,7 +14,8 @@ def results_table(results: Mapping[str, Mapping]) -> str:
     first = next(iter(results.values()))
     kinds = list(first["accuracy"])
     located = "locate" in first
-    head = ["model", "parameters", *kinds, "average"] + located * ["locate F1", "AP50", "AP", "malformed"]
+    columns = [kind or "accuracy" for kind in kinds]  # conversations from a file name no kind
+    head = ["model", "parameters", *columns, "average"] + located * ["locate F1", "AP50", "AP", "malformed"]
     rows = [head]
     for name, scores in results.items():
         row = [name, _millions(scores.get("parameters"))]

@@ -1,8 +1,8 @@
 """From hidden states at answer positions to the summed loss terms, without logits of a whole batch.
 
 Logits [batch, time, vocabulary] of a student, a teacher and a switch pass would take more memory than the
-models. Here only answer positions reach a head, a chunk of rows at a time, and a chunk's logits are
-recomputed in the backward pass.
+models. Here only answer positions reach a head, a chunk of rows at a time, and the logits of all chunks but
+the last are recomputed in the backward pass.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.losses.answers import answer_rows, answer_terms
-from switchkd.methods.terms import CHUNK, Terms, chunks_of_all_ranks, over_answer_tokens
+from switchkd.methods.terms import Terms, chunking, over_answer_tokens
 from switchkd.models import pathway
 
 
@@ -38,7 +38,8 @@ class SupervisedMethod(nn.Module):
         visual_tokens = pathway.project(self.student, pathway.encode(self.student, pixel_values))
         hidden = pathway.decode(self.student, input_ids, attention_mask, visual_tokens)
         rows, targets = answer_rows(hidden, labels)
-        sums = answer_terms(rows, self.student.lm_head, targets, chunk=CHUNK, min_chunks=chunks_of_all_ranks(targets))
+        vocabulary = self.student.config.text_config.vocab_size
+        sums = answer_terms(rows, self.student.lm_head, targets, **chunking(targets, vocabulary))
         return over_answer_tokens(sums, {"ce": 1.0}, targets, num_items_in_batch)
 
     def progress(self, fraction: float) -> None:

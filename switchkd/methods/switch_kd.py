@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from switchkd import losses
 from switchkd.losses.answers import answer_rows, answer_terms
-from switchkd.methods.terms import CHUNK, Terms, chunks_of_all_ranks, over_answer_tokens
+from switchkd.methods.terms import Terms, chunking, over_answer_tokens
 from switchkd.models import pathway
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class SwitchKD(nn.Module):
         self.switch = _divergence("switch", switch, switch_options)
         self.weights = {"ce": 1.0, "align": align_weight, "switch": switch_weight}
         self.shared_vocab = _shared_rows(student, teacher, shared_vocab)
+        self.vocabulary = max(model.config.text_config.vocab_size for model in (student, teacher))
         _check_pair(student, teacher, switched=self.switch is not None)
         if self.switch is not None:
             _check_encoders_move(student, teacher)
@@ -141,8 +142,7 @@ class SwitchKD(nn.Module):
             align=self.align,
             switch=self.switch,
             shared_vocab=self.shared_vocab,
-            chunk=CHUNK,
-            min_chunks=chunks_of_all_ranks(targets),
+            **chunking(targets, self.vocabulary),
         )
         return over_answer_tokens(sums, self.weights, targets, num_items_in_batch)
 

@@ -9,7 +9,8 @@ import torch.distributed
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-CHUNK = 1024  # answer rows that a language-model head reads at once: bounds the memory of logits
+# Logits that a language-model head makes at once: half a gigabyte in float32, 883 rows of Qwen2.5's vocabulary.
+CHUNK_LOGITS = 1 << 27
 
 
 @dataclass
@@ -37,14 +38,16 @@ def over_answer_tokens(
     return Terms(loss=loss, named={name: mean.detach() for name, mean in means.items()})
 
 
-def chunks_of_all_ranks(targets: Tensor) -> int:
-    """ceil(N / CHUNK) of the rank with most answer tokens.
+def chunking(targets: Tensor, vocabulary: int) -> dict[str, int]:
+    """`chunk` and `min_chunks` of `answer_terms` for N answer rows over a vocabulary, the same on all ranks.
 
-    Where ZeRO-3 or FSDP shard the heads each head call is a collective, so all ranks must run equally many chunks.
+    Where ZeRO-3 or FSDP shard the heads each head call is a collective, so every rank runs as many chunks as the rank
+    with most answer tokens.
     """
-    chunks = -(-targets.numel() // CHUNK)
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return chunks
-    most = torch.tensor(chunks, device=targets.device)
-    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-    return int(most)
+    chunk = max(1, CHUNK_LOGITS // vocabulary)
+    chunks = -(-targets.numel() // chunk)
+    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+        most = torch.tensor(chunks, device=targets.device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        chunks = int(most)
+    return {"chunk": chunk, "min_chunks": max(chunks, 1)}

@@ -64,12 +64,12 @@ def test_resumed_run_ends_bit_for_bit_like_the_uninterrupted_one(tmp_path, whole
     assert steps(tmp_path) == steps(whole_run.step_log.path.parent)
 
 
-def test_resume_of_a_finished_run_trains_no_further(tmp_path, whole_run):
-    finished = resumed_run(tmp_path)  # there is no checkpoint yet: from the start
-    again = resumed_run(tmp_path)
+def test_resume_of_a_finished_run_trains_no_further(tmp_path):
+    finished = resumed_run(tmp_path, steps=5)  # there is no checkpoint yet: from the start, to the middle of an epoch
+    again = resumed_run(tmp_path, steps=5)
     assert again.method.fractions == []
-    assert again.state.global_step == 6
-    assert weights_hash(again.method) == weights_hash(finished.method) == weights_hash(whole_run.method)
+    assert again.state.global_step == 5
+    assert weights_hash(again.method) == weights_hash(finished.method)
 
 
 def test_fresh_start_among_older_checkpoints_is_refused(tmp_path):

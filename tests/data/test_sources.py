@@ -1,0 +1,231 @@
+"""What a configuration's data section makes: both parts, picked by seed, refused where they cannot be used."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from switchkd.config import DataConfig
+from switchkd.data.sources import load_source
+
+STEEL = DataConfig(train_images=12, test_images=12)
+
+
+def picture_bytes(conversations):
+    return {np.asarray(image).tobytes() for conversation in conversations for image in conversation.images}
+
+
+def texts(conversations):
+    return [(each.id, json.dumps(each.messages)) for each in conversations]
+
+
+# ---- Rendered steel
+
+
+def test_steel_parts_share_no_picture():
+    parts = [part for seed in (0, 1) for part in vars(load_source(replace(STEEL, image_seed=seed))).values()]
+    seen = [picture_bytes(part) for part in parts]
+    assert [len(pictures) for pictures in seen] == [12] * 4
+    assert len(set.union(*seen)) == 48
+
+
+def test_the_same_seed_is_the_same_data():
+    first, again = load_source(STEEL), load_source(STEEL)
+    other = load_source(replace(STEEL, image_seed=1))
+    assert texts(first.train) == texts(again.train) != texts(other.train)
+    assert texts(first.test) == texts(again.test) != texts(other.test)
+    assert picture_bytes(first.train) == picture_bytes(again.train)
+
+
+def test_training_joins_the_turns_in_shuffled_order_and_judging_asks_one_by_one():
+    source = load_source(replace(STEEL, train_images=40))
+    assert {len(each.messages) for each in source.train} == {8}
+    assert {len(each.messages) for each in source.test} == {2}
+    assert Counter(each.kind for each in source.test) == dict.fromkeys(("exists", "classify", "count", "locate"), 12)
+    # A located answer is JSON: where it stands among the four turns.
+    places = Counter(
+        place
+        for each in source.train
+        for place, answer in enumerate(each.messages[1::2])
+        if answer["content"][0]["text"].startswith("[")
+    )
+    assert set(places) == {0, 1, 2, 3}
+    assert sum(places.values()) == 40
+
+
+@pytest.mark.parametrize("field", ["train_images", "test_images"])
+def test_steel_has_no_natural_end(field):
+    with pytest.raises(ValueError, match=r"data\.source is steel: give data\.train_images and data\.test_images"):
+        load_source(replace(STEEL, **{field: None}))
+
+
+@pytest.mark.parametrize("field", ["train_images", "test_images"])
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_part_without_images_is_refused(field, count):
+    with pytest.raises(ValueError, match=rf"data\.{field} is {count}, it must be 1 or more; left out, all there are"):
+        DataConfig(**{field: count})
+
+
+# ---- A folder of Pascal VOC boxes
+
+XML = (
+    "<annotation><size><width>20</width><height>10</height></size><object><name>{}</name><bndbox><xmin>2</xmin>"
+    "<ymin>3</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object></annotation>"
+)
+
+
+def write_voc(root, **splits):
+    """splits: name -> classes of its images, one box each; images are called CLASS_NUMBER."""
+    numbers = Counter()
+    for folder in ("annotations", "images", "splits"):
+        (root / folder).mkdir()
+    for split, classes in splits.items():
+        stems = []
+        for name in classes:
+            numbers[name] += 1
+            stems.append(f"{name}_{numbers[name]}")
+            Image.effect_noise((20, 10), 50).save(root / "images" / f"{stems[-1]}.jpg")
+            (root / "annotations" / f"{stems[-1]}.xml").write_text(XML.format(name))
+        (root / "splits" / f"{split}.txt").write_text("\n".join(stems))
+    return DataConfig(source="voc", root=str(root))
+
+
+def image_names(conversations):
+    return [image.stem for conversation in conversations for image in conversation.images]
+
+
+def test_voc_parts_are_its_splits(tmp_path):
+    config = write_voc(tmp_path, train=["crack", "oil_spot"] * 2, test=["crack"])
+    source = load_source(config)
+    assert image_names(source.train) == ["crack_1", "crack_2", "oil_spot_1", "oil_spot_2"]
+    assert image_names(source.test) == ["crack_3"] * 4
+    assert {each.kind: each.answer for each in source.test}["classify"] == "crack"
+    assert {each.kind: each.answer for each in source.test}["locate"] in (
+        '[{"label": "crack", "bbox": [50, 200, 450, 800]}]',
+        "[]",
+    )
+
+
+def test_fewer_images_are_picked_by_seed_over_the_whole_part(tmp_path):
+    config = write_voc(tmp_path, train=["a"] * 20 + ["b"] * 20, test=["a", "b"] * 3)
+    few = replace(config, train_images=10, test_images=4)
+    picked = image_names(load_source(few).train)
+    assert len(picked) == 10
+    assert {name[0] for name in picked} == {"a", "b"}  # not the first ten, which are all of one class
+    assert picked == image_names(load_source(few).train)
+    assert picked != image_names(load_source(replace(few, image_seed=1)).train)
+    assert len(image_names(load_source(few).test)) == 4 * 4
+    assert len(load_source(replace(config, train_images=99)).train) == 40
+
+
+def test_classes_are_those_of_the_whole_training_part(tmp_path):
+    config = write_voc(tmp_path, train=["a"] * 30 + ["rare"], test=["rare"])
+    few = load_source(replace(config, train_images=2))
+    assert "rare_1" not in image_names(few.train)
+    assert {each.kind: each.answer for each in few.test}["classify"] == "rare"
+
+
+def test_a_class_of_the_test_part_alone_is_refused(tmp_path):
+    config = write_voc(tmp_path, train=["a", "b"], test=["a", "new"])
+    with pytest.raises(
+        ValueError,
+        match=r"data\.test_split test: new_1 has class 'new', which no image of data\.train_split train has; its "
+        "classes are a, b: correct the label, or choose splits of the same classes",
+    ):
+        load_source(config)
+
+
+def test_a_training_part_without_boxes_is_refused(tmp_path):
+    config = write_voc(tmp_path, train=["a"], test=["b"])
+    (tmp_path / "annotations/a_1.xml").write_text(
+        "<annotation><size><width>20</width><height>10</height></size></annotation>"
+    )
+    with pytest.raises(ValueError, match=r"data\.train_split train: no image has a box"):
+        load_source(config)
+
+
+def test_voc_folder_by_variable_or_missing(tmp_path, monkeypatch):
+    config = write_voc(tmp_path, train=["a"], test=["a"])
+    monkeypatch.setenv("PLATES", str(tmp_path))
+    assert len(load_source(replace(config, root="$PLATES")).train) == 1
+    monkeypatch.delenv("PLATES")
+    with pytest.raises(ValueError, match=r"data\.root is \$PLATES and that variable is not set"):
+        load_source(replace(config, root="$PLATES"))
+    with pytest.raises(FileNotFoundError, match="nowhere, which is not a folder: give --data.root"):
+        load_source(replace(config, root=str(tmp_path / "nowhere")))
+    with pytest.raises(ValueError, match="unknown split 'val'; known splits are test, train"):
+        load_source(replace(config, test_split="val"))
+
+
+# ---- Files of conversations
+
+
+def llava_record(number, answer="yes"):
+    turns = [{"from": "human", "value": f"<image>\nIs plate {number} whole?"}, {"from": "gpt", "value": answer}]
+    return {"id": str(number), "image": "plate.jpg", "conversations": turns if answer else turns[:1]}
+
+
+def messages_record(number, answer="yes"):
+    record = llava_record(number, answer)
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
+    return {"id": record["id"], "messages": messages, "images": [record["image"]]}
+
+
+def write_file(tmp_path, source, **parts):
+    """The configuration of files with the records of `parts`: train_split=[...], test_split=[...]."""
+    Image.effect_noise((20, 10), 50).convert("RGB").save(tmp_path / "plate.jpg")
+    for field, records in parts.items():
+        text = json.dumps(records) if source == "llava" else "\n".join(map(json.dumps, records))
+        (tmp_path / field).write_text(text)
+    paths = {field: str(tmp_path / field) for field in ("train_split", "test_split")}
+    return DataConfig(source=source, root=str(tmp_path), **paths)
+
+
+FORMS = pytest.mark.parametrize(("source", "record"), [("llava", llava_record), ("messages", messages_record)])
+
+
+@FORMS
+def test_conversations_from_files(tmp_path, source, record):
+    parts = {"train_split": list(map(record, range(30))), "test_split": list(map(record, range(30, 36)))}
+    config = write_file(tmp_path, source, **parts)
+    whole = load_source(config)
+    assert [each.id for each in whole.train] == [str(number) for number in range(30)]
+    assert (whole.test[0].question, whole.test[0].answer) == ("Is plate 30 whole?", "yes")
+    assert whole.test[0].images == [(tmp_path / "plate.jpg").resolve()]
+    few = load_source(replace(config, train_images=5, test_images=2))
+    ids = [int(each.id) for each in few.train]
+    assert ids == sorted(ids)
+    assert ids != list(range(5))
+    assert (len(ids), len(few.test)) == (5, 2)
+
+
+@FORMS
+def test_what_cannot_be_judged_is_refused_before_the_training(tmp_path, source, record):
+    config = write_file(tmp_path, source, train_split=[record(0)], test_split=[record(1)])
+    twice = record(2)
+    key = "conversations" if source == "llava" else "messages"
+    without_mark = {**twice[key][0], ("value" if source == "llava" else "content"): "And now?"}
+    twice[key].append(without_mark)
+    write_file(tmp_path, source, test_split=[record(1), twice])
+    with pytest.raises(ValueError, match="test_split: conversation '2' does not end in a question and its answer"):
+        load_source(config)
+    write_file(tmp_path, source, test_split=[record(1)])
+    (tmp_path / "plate.jpg").write_bytes((tmp_path / "plate.jpg").read_bytes()[:-40])
+    with pytest.raises(ValueError, match="conversation '1'.*plate.jpg: cannot be decoded"):
+        load_source(config)
+
+
+@FORMS
+def test_missing_and_empty_files(tmp_path, source, record):
+    config = write_file(tmp_path, source, test_split=[record(1)])
+    with pytest.raises(FileNotFoundError, match=r"data\.train_split is .*train_split, which is not a file: give the"):
+        load_source(config)
+    write_file(tmp_path, source, train_split=[])
+    with pytest.raises(ValueError, match=r"data\.train_split: .*train_split holds no conversation"):
+        load_source(config)

@@ -1,0 +1,114 @@
+"""The run folder: never overwritten, resumed only as it was, files whole or as before."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from switchkd.config import DataConfig, MethodConfig, RunConfig, StudentConfig, TrainConfig, load_config
+from switchkd.runs import RunFolder
+
+
+@pytest.fixture
+def config(tmp_path):
+    return RunConfig(name="plate", out=str(tmp_path / "runs"), train=TrainConfig(lr=1e-3))
+
+
+def test_no_run_is_overwritten(config, tmp_path):
+    runs = []
+    for _ in range(3):
+        runs.append(RunFolder.start(config))
+        runs[-1].write("results.json", {"run": len(runs)})
+    assert [run.path.name for run in runs] == ["plate", "plate-2", "plate-3"]
+    assert [run.config.name for run in runs] == ["plate", "plate-2", "plate-3"]
+    assert [run.read("results.json")["run"] for run in runs] == [1, 2, 3]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["plate", "plate-2", "plate-3"]
+
+
+def test_a_file_or_dead_link_of_the_name_is_left_alone(config, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/plate").write_text("mine")
+    (tmp_path / "runs/plate-2").symlink_to(tmp_path / "nowhere")
+    assert RunFolder.start(config).path.name == "plate-3"
+    assert (tmp_path / "runs/plate").read_text() == "mine"
+
+
+def test_the_configuration_reads_back_under_the_folders_name(config):
+    config = replace(
+        config,
+        seed=4,
+        data=DataConfig(source="voc", root="$SOMEWHERE/x", train_images=7),
+        student=StudentConfig(freeze=("vision_tower",)),
+        method=MethodConfig(switch=None, align_options={"temperature": 2.0}),
+    )
+    RunFolder.start(config)
+    run = RunFolder.start(config)
+    assert load_config(["--config", str(run.path / "config.yaml")]) == run.config == replace(config, name="plate-2")
+
+
+def test_resume_is_the_same_folder(config):
+    started = RunFolder.start(config)
+    started.write("results.json", {"a": 1})
+    elsewhere = replace(config, resume=True, threads=1, data=replace(config.data, in_memory=True))
+    resumed = RunFolder.resume(elsewhere)
+    assert resumed.path == started.path
+    assert resumed.read("results.json") == {"a": 1}
+    assert resumed.model("student") == started.path / "student"
+    assert resumed.checkpoints("student") == started.path / "checkpoints" / "student"
+
+
+def test_resume_of_a_missing_run(config, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{config.folder} holds no run to resume: start without --resume, or"):
+        RunFolder.resume(config)
+    config.folder.mkdir(parents=True)  # a folder alone is no run
+    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
+        RunFolder.resume(config)
+    assert list(config.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "has seed 0, this run 1"),
+        ({"train": TrainConfig(lr=2e-3)}, r"has train\.lr 0\.001, this run 0\.002"),
+        ({"method": MethodConfig(switch=None)}, r"has method\.switch dbild, this run None"),
+        ({"student": StudentConfig(freeze=("projector",))}, r"has student\.freeze \(\), this run \('projector',\)"),
+    ],
+)
+def test_resume_under_another_configuration(config, change, message):
+    RunFolder.start(config)
+    with pytest.raises(ValueError, match=rf"plate/config\.yaml {message}: resume with the same configuration, or"):
+        RunFolder.resume(replace(config, **change))
+
+
+def test_files_are_json_and_json_lines(config):
+    run = RunFolder.start(config)
+    run.write("results.json", {"a": [1, None]})
+    run.write("answers.jsonl", [{"a": "ä\n"}, {"b": 2}])
+    run.write("answers.jsonl", [{"a": "ä\n"}, {"b": 3}])
+    assert json.loads((run.path / "results.json").read_text()) == {"a": [1, None]}
+    assert [json.loads(line) for line in (run.path / "answers.jsonl").read_text().splitlines()] == [
+        {"a": "ä\n"},
+        {"b": 3},
+    ]
+    assert sorted(path.name for path in run.path.iterdir()) == ["answers.jsonl", "config.yaml", "results.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(config, monkeypatch):
+    run = RunFolder.start(config)
+    run.write("results.json", {"a": 1})
+    write_text = type(run.path).write_text
+
+    def full_disk(path, text, **options):
+        write_text(path, text[: len(text) // 2], **options)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(run.path), "write_text", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run.write("results.json", {"a": 2, "b": "long" * 100})
+    monkeypatch.undo()
+    assert run.read("results.json") == {"a": 1}
+    run.write("results.json", {"a": 3})
+    assert sorted(path.name for path in run.path.iterdir()) == ["config.yaml", "results.json"]
