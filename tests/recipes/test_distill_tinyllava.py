@@ -29,8 +29,17 @@ def done(tmp_path_factory):
     folder = tmp_path_factory.mktemp("recipe")
     config = write_pair(folder)
     teacher = hashes(folder / "pair/teacher")
+    recipe, blind = load_recipe(), []
+    generate = recipe.generate_answers
+
+    def spy(*given, blank_image, **options):
+        blind.append(blank_image)
+        return generate(*given, blank_image=blank_image, **options)
+
+    recipe.generate_answers = spy
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        run = load_recipe().main(["--config", str(config)])
+        run = recipe.main(["--config", str(config)])
+    assert blind == [False, False, False, True]
     return run, config, printed.getvalue(), teacher
 
 
