@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, DistributedType
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -286,6 +286,8 @@ class DistillTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        from accelerate.utils import DeepSpeedSchedulerWrapper  # there only where deepspeed is installed
+
         # Trainer leaves frozen parameters, the teacher, out for PEFT models only.
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
