@@ -4,14 +4,17 @@
 
 Real users start from pretrained parts; offline ones start from these. A vision transformer of this size learns nothing
 from questions and answers alone in its first thousand steps, so it is pretrained as a rendered world allows: for every
-patch, which kinds of defect it shows and the corners of the box it lies in. The teacher is then trained by the
-package's own trainer on the questions of `switchkd.data.instruct`. Pictures come from seeds that no other part uses.
+patch, which kinds of defect it shows and the corners of the box it lies in. The tower that ships, the one that students
+start from, is kept early in this pretraining; the teacher goes on from its end and is trained by the package's own
+trainer on the questions of `switchkd.data.instruct`: like a student with a general encoder beside a teacher whose
+encoder knows the domain. Pictures come from seeds that no other part uses.
 Writes OUT/vision_tower, OUT/teacher (float16) and OUT/log.json with the scores on held-out pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import subprocess
@@ -55,20 +58,30 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=10_000, help="pictures to train on")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--tower-steps", type=int, default=2_500)
+    parser.add_argument("--shipped-tower-step", type=int, default=600, help="step at which the shipped tower is kept")
     parser.add_argument("--teacher-steps", type=int, default=1_500)
     parser.add_argument("--test-images", type=int, default=600, help="pictures to judge on, four questions each")
     options = parser.parse_args()
     transformers_logging.disable_progress_bar()
     keep_freed_memory()
+    torch.set_num_threads(options.threads)
+    if not 0 < options.shipped_tower_step < options.tower_steps:
+        parser.error(
+            f"--shipped-tower-step is {options.shipped_tower_step} and --tower-steps {options.tower_steps}: keep the "
+            "tower before the last step"
+        )
     started = time.perf_counter()
     train = render_steel(options.images, TRAIN_SEED)
     test = render_steel(options.test_images, TEST_SEED)
     log = {"commit": commit(), "machine": machine(), **{k: v for k, v in vars(options).items() if k != "out"}}
 
-    tower, log["vision_tower"] = pretrain_tower(train, test, options.tower_steps, options.seed)
-    tower.half().save_pretrained(options.out / "vision_tower")
-    log["teacher"] = train_teacher(tower.float(), train, test, options)
+    shipped, tower, log["towers"] = pretrain_tower(
+        train, test, options.tower_steps, options.shipped_tower_step, options.seed
+    )
+    shipped.half().save_pretrained(options.out / "vision_tower")
+    log["teacher"] = train_teacher(tower, train, test, options)
     log["seconds"] = round(time.perf_counter() - started)
     (options.out / "log.json").write_text(json.dumps(log, indent=2) + "\n")
     print(json.dumps(log, indent=2))
@@ -91,11 +104,15 @@ def pretrain_tower(
     train: list[DefectImage],
     test: list[DefectImage],
     steps: int,
+    kept_step: int,
     seed: int,
     batch: int = 64,
     lr: float = 2e-3,
-) -> tuple[SiglipVisionModel, dict]:
-    """Dense pretraining: for each patch its kinds of defect (binary cross entropy) and its defect's box (L1)."""
+) -> tuple[SiglipVisionModel, SiglipVisionModel, dict]:
+    """Dense pretraining: for each patch its kinds of defect (binary cross entropy) and its defect's box (L1).
+
+    Returns the tower after `kept_step` steps, the tower after all of them, and the scores of both.
+    """
     set_seed(seed)
     tower = SiglipVisionModel(tiny_vision_config())
     reader = nn.Linear(tower.config.hidden_size, len(CLASSES) + 4)
@@ -104,7 +121,11 @@ def pretrain_tower(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.1)
     pixels, labels = dense_labels(train)
     bar = tqdm(range(steps), desc="vision tower", unit="step")
+    scores = {}
     for step in bar:
+        if step == kept_step:
+            kept = copy.deepcopy(tower)
+            scores["shipped"] = {"steps": step, **judge_tower(kept, reader, test)}
         picked = torch.randint(len(pixels), (batch,))
         kinds, boxes = read_patches(tower, reader, pixels[picked])
         loss = F.binary_cross_entropy_with_logits(kinds, labels["kinds"][picked])
@@ -117,13 +138,19 @@ def pretrain_tower(
         if step % 100 == 0:
             bar.set_postfix(kinds=f"{loss.item():.3f}", boxes=f"{box_error.item():.3f}")
 
+    scores["teacher's before its training"] = {"steps": steps, **judge_tower(tower, reader, test)}
+    return kept, tower, scores
+
+
+@torch.no_grad()
+def judge_tower(tower: SiglipVisionModel, reader: nn.Linear, test: list[DefectImage]) -> dict[str, float]:
+    """F1 of (patch, kind) pairs and mean error of box sides, in image sides, on held-out pictures."""
     pixels, labels = dense_labels(test)
-    with torch.no_grad():
-        kinds, boxes = read_patches(tower.eval(), reader, pixels)
+    kinds, boxes = read_patches(tower, reader, pixels)
     hits = ((kinds > 0) & (labels["kinds"] > 0)).sum()
     f1 = 2 * hits / ((kinds > 0).sum() + labels["kinds"].sum())
     error = (boxes - labels["boxes"]).abs().mean(-1)[labels["inside"]].mean()
-    return tower, {"steps": steps, "patch_f1": round(f1.item(), 4), "box_error": round(error.item(), 4)}
+    return {"patch_f1": round(f1.item(), 4), "box_error": round(error.item(), 4)}
 
 
 def read_patches(tower: nn.Module, reader: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
