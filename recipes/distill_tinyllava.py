@@ -31,11 +31,11 @@ from switchkd.data.sources import load_source
 from switchkd.evaluation import answer_rows, generate_answers, score_answers
 from switchkd.evaluation.pictures import draw_located
 from switchkd.evaluation.table import results_table
-from switchkd.models import freeze, load_llava, shared_vocab
+from switchkd.models import freeze, load_llava, same_inputs, shared_vocab
 from switchkd.models.students import build_student
 from switchkd.models.tiny import TEACHER
 from switchkd.runs import RunFolder
-from switchkd.training import DistillTrainer, part_rates, training_arguments
+from switchkd.training import DistillTrainer, part_rates, process_state, training_arguments
 from switchkd.training.memory import keep_freed_memory
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
@@ -44,36 +44,38 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 def main(argv: list[str] | None = None) -> Path:
     """Runs every stage that is not finished yet, judges, and returns the run's folder."""
     started = time.perf_counter()
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(argument.partition("=")[0] == "--config" for argument in argv):
-        argv = ["--config", str(QUICKSTART), *argv]
-    config = load_config(argv)
+    config = read_config(list(sys.argv[1:] if argv is None else argv))
     transformers_logging.disable_progress_bar()
     keep_freed_memory()
     if config.threads:
         torch.set_num_threads(config.threads)
-    state = PartialState()
+    state = process_state()
     run = RunFolder.resume(config) if config.resume else None
 
     source = load_source(config.data)
     teacher, teacher_processor = load_llava(config.teacher.path or TEACHER)
     set_seed(config.seed)
     student, processor = build_student(config.student)
+    # A pair that cannot be switched ends here, before any training.
     shared = shared_vocab(processor.tokenizer, teacher_processor.tokenizer)
-    switch_kd(config, student, teacher, shared)  # a pair that cannot be switched ends here, before any training
+    same_inputs(processor, teacher_processor)
+    switch_kd(config, student, teacher, shared)
     state.print(f"{len(source.train):,} training samples, {len(source.test):,} test questions")
-    samples = ConversationDataset(source.train, processor, config.data.max_length)
+    samples = ConversationDataset(source.train, processor, config.data.max_length, config.data.max_bad_rate)
     if config.data.in_memory:
-        samples = [samples[index] for index in tqdm(range(len(samples)), desc="encoding", unit="sample")]
+        order = tqdm(range(len(samples)), desc="encoding", unit="sample", disable=not state.is_local_main_process)
+        samples = [samples[index] for index in order]
     run = run or start_run(config)  # what cannot run has ended above and leaves no folder
     state.print(f"run folder: {run.path}")
 
+    teacher_path = config.teacher.path or TEACHER
     if config.teacher.steps:
-        if not run.model("teacher").exists():
+        teacher_path = run.model("teacher")
+        if not teacher_path.exists():
             freeze(teacher)
-            settings = replace(config.train, steps=config.teacher.steps, lr=config.teacher.lr)
+            settings = replace(config.train, steps=config.teacher.steps, lr=config.teacher.lr, encoder_lr=None)
             train(run, "teacher", SupervisedMethod(teacher), settings, samples, teacher_processor)
-        teacher, teacher_processor = load_llava(run.model("teacher"))
+    teacher, _ = load_llava(teacher_path, torch.bfloat16 if config.train.bf16 else torch.float32)
     models = {"teacher": teacher}
     for stage in ("undistilled", "student"):
         if not run.model(stage).exists():
@@ -87,6 +89,15 @@ def main(argv: list[str] | None = None) -> Path:
     judge(run, models, processor, source.test)
     state.print(f"{(time.perf_counter() - started) / 60:.1f} minutes; everything is in {run.path}")
     return run.path
+
+
+def read_config(argv: list[str]) -> RunConfig:
+    """The configuration; without --config that of the run to resume, or else the quickstart's."""
+    if any(argument.partition("=")[0] == "--config" for argument in argv):
+        return load_config(argv)
+    config = load_config(["--config", str(QUICKSTART), *argv])
+    own = config.folder / "config.yaml"
+    return load_config(["--config", str(own), *argv]) if config.resume and own.is_file() else config
 
 
 def start_run(config: RunConfig) -> RunFolder:
@@ -128,7 +139,14 @@ def judge(run: RunFolder, models: dict, processor, questions: list) -> None:
         model = models[stage].to(state.device)
         state.print(f"judging: {name}")
         with state.split_between_processes(questions) as part:
-            given = generate_answers(model, processor, part, blank_image=blank, **asdict(run.config.judge))
+            given = generate_answers(
+                model,
+                processor,
+                part,
+                blank_image=blank,
+                progress=state.is_local_main_process,
+                **asdict(run.config.judge),
+            )
         answers[name] = gather_object(given)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         results[name] = {"parameters": parameters, **score_answers(questions, answers[name])}

@@ -15,8 +15,6 @@ from typing import Any, Literal
 
 import yaml
 
-DIVERGENCES = ("dbild", "bild", "forward_kl", "reverse_kl", "jsd")
-
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -41,10 +39,19 @@ class DataConfig:
     in_memory: bool = False
     """Encode all training samples once and keep them in memory: for small sets, 0.1 to 2 MB a picture."""
 
+    max_bad_rate: float = 0.0
+    """Share of bad samples or images that is skipped with a warning; above it the run stops before training."""
+    first_pixel: int = 1
+    """Number of the first pixel in the box files: 1 in Pascal VOC, 0 in what some tools write."""
+
     def __post_init__(self):
         for name in ("train_images", "test_images"):
             if (count := getattr(self, name)) is not None and count < 1:
                 raise ValueError(f"data.{name} is {count}, it must be 1 or more; left out, all there are")
+        if not 0 <= self.max_bad_rate < 1:
+            raise ValueError(f"data.max_bad_rate is {self.max_bad_rate}, it must be 0 or more and below 1")
+        if self.first_pixel not in (0, 1):
+            raise ValueError(f"data.first_pixel is {self.first_pixel}, it must be 0 or 1")
 
     def folder(self) -> Path:
         """`root` with its variables filled in; ValueError when it is not given or names an unset variable,
@@ -68,7 +75,12 @@ class TeacherConfig:
     steps: int = 0
     """Steps of supervised training on the run's data before it teaches; 0: none."""
     lr: float = 5e-4
-    """Learning rate of those steps."""
+    """Learning rate of those steps, of its vision tower too."""
+
+    def __post_init__(self):
+        _at_least("teacher", self, steps=0)
+        if self.lr <= 0:
+            raise ValueError(f"teacher.lr is {self.lr}, it must be above 0")
 
 
 @dataclass(frozen=True)
@@ -81,8 +93,11 @@ class StudentConfig:
     """Folder or Hub name of the vision tower; left out, the tiny one of the package."""
     language_model: str | None = None
     """Folder or Hub name of the language model; left out, a tiny one with random weights."""
-    vision_feature_layer: int = -2
-    """Layer of the vision tower that the projector of an assembled student reads."""
+    vision_feature_layer: int | None = None
+    """Layer of the vision tower that an assembled student's projector reads; left out, the last one of the
+    package's tower and -2 of others."""
+    chat_template: str | None = None
+    """Chat template (Jinja) of an assembled student; left out, the language model's own, or ChatML."""
     freeze: tuple[str, ...] = ()
     """Parts that are not trained: vision_tower, projector, language_model."""
 
@@ -114,9 +129,7 @@ class MethodConfig:
     """Recompute the teacher's activations of the switch pass in backward: less memory, more time."""
 
     def __post_init__(self):
-        for term in ("align", "switch"):
-            if (name := getattr(self, term)) not in (*DIVERGENCES, None):
-                raise ValueError(f"method.{term} is {name}, it must be one of {', '.join(DIVERGENCES)} or null")
+        _at_least("method", self, align_weight=0, switch_weight=0)
 
 
 @dataclass(frozen=True)
@@ -147,15 +160,16 @@ class TrainConfig:
     """Steps between two checkpoints; 0: none."""
     keep_checkpoints: int = 2
     """Newest checkpoints that stay on the disk."""
+    data_workers: int | None = None
+    """Processes that decode and encode samples beside training; left out, 4 with a GPU and 0 without."""
     bf16: bool = False
-    """Compute in bfloat16 under autocast; the weights stay in float32."""
+    """Compute in bfloat16 under autocast, with the teacher's weights in bfloat16; the student's stay in float32,
+    but under DeepSpeed, which trains them in bfloat16 with float32 copies."""
 
     def __post_init__(self):
         least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
         least |= {"checkpoint_every": 0, "keep_checkpoints": 1, "weight_decay": 0, "max_grad_norm": 0}
-        for name, smallest in least.items():
-            if getattr(self, name) < smallest:
-                raise ValueError(f"train.{name} is {getattr(self, name)}, it must be {smallest} or more")
+        _at_least("train", self, **least)
         for name in ("lr", "encoder_lr"):
             if (rate := getattr(self, name)) is not None and rate <= 0:
                 raise ValueError(f"train.{name} is {rate}, it must be above 0; student.freeze keeps a part as it is")
@@ -169,8 +183,11 @@ class JudgeConfig:
 
     batch_size: int = 64
     """Questions answered at once."""
-    max_new_tokens: int = 128
-    """Longest answer, in tokens."""
+    max_new_tokens: int = 256
+    """Longest answer, in tokens; a located answer that is cut counts as malformed."""
+
+    def __post_init__(self):
+        _at_least("judge", self, batch_size=1, max_new_tokens=1)
 
 
 @dataclass(frozen=True)
@@ -197,6 +214,10 @@ class RunConfig:
     def __post_init__(self):
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name is {self.name!r}, it must be the name of one folder")
+        if "vision_tower" in self.student.freeze and self.train.encoder_lr is not None:
+            raise ValueError(
+                f"train.encoder_lr is {self.train.encoder_lr} but student.freeze names vision_tower: drop one of them"
+            )
 
     @property
     def folder(self) -> Path:
@@ -238,11 +259,18 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
 
 def weight_fields(config: RunConfig) -> dict[str, Any]:
     """The fields that decide a run's weights, by dotted name: all but names, places, judging and what is kept."""
-    free = ("data.root", "data.in_memory", "train.keep_checkpoints")
+    free = ("data.root", "data.in_memory", "train.data_workers", "train.keep_checkpoints")
+    free += ("train.logging_steps", "train.checkpoint_every")
     flat: dict[str, Any] = {"seed": config.seed}
     for part in ("data", "teacher", "student", "method", "train"):
         flat |= {f"{part}.{name}": item for name, item in asdict(getattr(config, part)).items()}
     return {name: item for name, item in flat.items() if name not in free}
+
+
+def _at_least(section: str, config: Any, **least: float) -> None:
+    for name, smallest in least.items():
+        if getattr(config, name) < smallest:
+            raise ValueError(f"{section}.{name} is {getattr(config, name)}, it must be {smallest} or more")
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ def test_your_own_loss_runs_as_written_and_trains_a_batch(tokenizer):
     lines = [line for part in body for line in part.splitlines() if line.strip()]
     assert len(lines) <= 10
     names = {}
-    exec(code, names)  # noqa: S102
+    exec(code, names)
     ids = tokenizer("<|im_start|>user\n" + "<image>" * 36 + "Where?<|im_end|>\n<|im_start|>assistant\nno<|im_end|>")
     import torch
 

@@ -166,7 +166,7 @@ def read_messages(path: str | Path, image_root: str | Path, *, max_bad_rate: flo
     """
     path = Path(path)
 
-    def read(numbered: tuple[int, str]) -> Conversation:
+    def read(numbered: tuple[int, bytes]) -> Conversation:
         number, line = numbered
         where = f"{path}, line {number}"
         try:
@@ -183,7 +183,7 @@ def read_messages(path: str | Path, image_root: str | Path, *, max_bad_rate: flo
             messages.append({"role": message["role"], "content": content})
         return _conversation(record, f"{path.stem}-{number}", messages, record.get("images") or [], image_root, where)
 
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:  # as bytes, so that a line that is not UTF-8 is one bad record
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
         return iter(keep_good(lines, read, max_bad_rate=max_bad_rate, what=str(path)))
 

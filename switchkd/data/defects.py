@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 from PIL import Image
 
 from switchkd.data.bad_samples import keep_good
-from switchkd.data.images import check_image, inside
+from switchkd.data.images import check_image, inside, orientation
 
 logger = logging.getLogger(__name__)
 
@@ -65,22 +65,32 @@ class DefectImage:
 
 
 def read_defects(
-    path: str | Path, layout: str = "auto", split: str | None = None, *, max_bad_rate: float = 0.0
+    path: str | Path,
+    layout: str = "auto",
+    split: str | None = None,
+    *,
+    max_bad_rate: float = 0.0,
+    first_pixel: int = 1,
 ) -> Iterator[DefectImage]:
     """The labelled images below `path`, in natural order of their names (a_2 before a_10).
 
     layout: "voc", annotations/*.xml beside images/ (or Annotations/ and JPEGImages/); "auto" finds it out.
     split: the name of splits/<split>.txt or ImageSets/Main/<split>.txt, one stem a line; None: all images.
     max_bad_rate: the share of bad images that may be skipped, with one warning; with 0 the first is an error.
+    first_pixel: 1, Pascal VOC: pixels count from 1 and the last is included, so that a box becomes (xmin - 1,
+        ymin - 1, xmax, ymax) and the whole image is 1 to width. 0, for tools that write the edges of a box
+        instead: it is taken as it stands, and the whole image is 0 to width.
 
-    Everything is read and checked before the first image is returned. Pascal VOC counts pixels from 1 and
-    includes the last, so a box becomes (xmin - 1, ymin - 1, xmax, ymax). Boxes marked difficult are kept.
-    Boxes that repeat another of the same label exactly are dropped and counted in one log line.
+    Everything is read and checked before the first image is returned. Boxes marked difficult are kept. Boxes
+    that repeat another of the same label exactly are dropped and counted in one log line.
 
     Raises FileNotFoundError for a missing folder or image, ValueError for an unknown layout or split and,
     naming file and field, for XML that does not parse or misses a field, a size that differs from the
-    picture's, a picture that cannot be decoded, an empty or inverted box, and a box outside its image.
+    picture's, a picture that cannot be decoded, two pictures for one XML file, an EXIF orientation other than
+    1, an empty or inverted box, and a box outside its image.
     """
+    if first_pixel not in (0, 1):
+        raise ValueError(f"first_pixel={first_pixel} must be 1, as in Pascal VOC, or 0")
     path = Path(path)
     if layout not in LAYOUTS:
         raise ValueError(f"layout={layout!r} is unknown; known layouts are {', '.join(LAYOUTS)}")
@@ -92,13 +102,16 @@ def read_defects(
             f"{path}: no known layout of labels. Looked for Pascal VOC:"
             f" {' or '.join(ANNOTATION_FOLDERS)} beside {' or '.join(IMAGE_FOLDERS)}"
         )
-    return iter(_read_voc(path, annotations, pictures, split, max_bad_rate))
+    return iter(_read_voc(path, annotations, pictures, split, max_bad_rate, first_pixel))
 
 
 def _read_voc(
-    path: Path, annotations: Path, pictures: Path, split: str | None, max_bad_rate: float
+    path: Path, annotations: Path, pictures: Path, split: str | None, max_bad_rate: float, first_pixel: int
 ) -> list[DefectImage]:
-    files = {file.stem: file for file in pictures.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES}
+    files: dict[str, list[Path]] = {}
+    for file in sorted(pictures.iterdir()):
+        if file.suffix.lower() in IMAGE_SUFFIXES:
+            files.setdefault(file.stem, []).append(file)
     labelled = {file.stem: file for file in annotations.glob("*.xml")}
     if not files or not labelled:
         raise ValueError(
@@ -119,7 +132,13 @@ def _read_voc(
             raise FileNotFoundError(f"{annotations / stem}.xml: no such file; split {split!r} lists {stem!r}")
         if stem not in files:
             raise FileNotFoundError(f"{labelled[stem]}: its image {stem}.* is missing in {pictures}")
-        image, repeated = _read_voc_image(labelled[stem], inside(path, files[stem].relative_to(path)))
+        if len(files[stem]) > 1:
+            names = " and ".join(file.name for file in files[stem])
+            raise ValueError(
+                f"{labelled[stem]}: both {names} in {pictures} have its stem; keep the one that was labelled"
+            )
+        picture = inside(path, files[stem][0].relative_to(path))
+        image, repeated = _read_voc_image(labelled[stem], picture, first_pixel)
         dropped.extend([stem] * repeated)
         return image
 
@@ -130,10 +149,12 @@ def _read_voc(
     return images
 
 
-def _read_voc_image(xml: Path, picture: Path) -> tuple[DefectImage, int]:
+def _read_voc_image(xml: Path, picture: Path, first_pixel: int) -> tuple[DefectImage, int]:
     """The image of one VOC file, and how many exactly repeated boxes were dropped."""
     try:
         root = ElementTree.fromstring(xml.read_bytes(), ElementTree.XMLParser(target=_PlainXML()))
+    except OSError as error:
+        raise ValueError(f"{xml}: cannot be read ({error})") from error
     except (ElementTree.ParseError, UnicodeDecodeError, LookupError) as error:
         raise ValueError(f"{xml}: is not well-formed XML ({error})") from error
     except ValueError as error:
@@ -141,27 +162,40 @@ def _read_voc_image(xml: Path, picture: Path) -> tuple[DefectImage, int]:
 
     stated = _number(root, "size/width", xml), _number(root, "size/height", xml)
     actual = check_image(picture)
+    if (turned := orientation(picture)) != 1:
+        raise ValueError(
+            f"{picture}: has EXIF orientation {turned}, so that its boxes may belong to the picture as stored or as"
+            " shown; save the one that was labelled without the tag"
+        )
     if stated != actual:
         raise ValueError(
             f"{xml}: field size says {stated[0]}x{stated[1]} but {picture} is {actual[0]}x{actual[1]}:"
             " the boxes may belong to another picture; use the one that was labelled or correct the size"
         )
-    found = []
-    for item in root.findall("object"):
-        xmin, ymin, xmax, ymax = (_number(item, f"bndbox/{side}", xml) for side in ("xmin", "ymin", "xmax", "ymax"))
-        found.append(((xmin - 1, ymin - 1, xmax, ymax), _field(item, "name", xml)))
+    found = [_voc_box(item, actual, xml, first_pixel) for item in root.findall("object")]
     kept = list(dict.fromkeys(found))
-    try:
-        image = DefectImage(
-            picture,
-            *actual,
-            boxes=tuple(box for box, _ in kept),
-            labels=tuple(label for _, label in kept),
-            id=xml.stem,
+    boxes, labels = tuple(box for box, _ in kept), tuple(label for _, label in kept)
+    return DefectImage(picture, *actual, boxes, labels, id=xml.stem), len(found) - len(kept)
+
+
+def _voc_box(item: ElementTree.Element, size: tuple[int, int], xml: Path, first_pixel: int) -> tuple[Box, str]:
+    """The half-open box and the label of one object. Its errors show the numbers of the file."""
+    label = _field(item, "name", xml)
+    stated = {side: _number(item, f"bndbox/{side}", xml) for side in ("xmin", "ymin", "xmax", "ymax")}
+    xmin, ymin, xmax, ymax = stated.values()
+    box = (xmin - first_pixel, ymin - first_pixel, xmax, ymax)
+    where = f"{xml}: box {', '.join(f'{side} {number}' for side, number in stated.items())} of {label!r}"
+    if not (box[0] < xmax and box[1] < ymax):  # also catches nan
+        raise ValueError(f"{where} is empty or inverted: correct or remove it")
+    if min(box) < 0:
+        way_out = "; where a tool counts from 0, give first_pixel=0" if first_pixel and min(box) >= -1 else ""
+        raise ValueError(f"{where} begins before pixel {first_pixel}, where its image does: correct the box{way_out}")
+    if xmax > size[0] or ymax > size[1]:
+        raise ValueError(
+            f"{where} is not inside its {size[0]}x{size[1]} image:"
+            " correct the box, or the size if the image was resized after labelling"
         )
-    except ValueError as error:
-        raise ValueError(f"{xml}: {error}") from error
-    return image, len(found) - len(kept)
+    return box, label
 
 
 class _PlainXML(ElementTree.TreeBuilder):

@@ -7,13 +7,16 @@ character offsets of the text that the template renders, never from splitting it
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 
 from switchkd.data.bad_samples import keep_good
-from switchkd.data.conversations import Conversation, check_conversation, check_messages
+from switchkd.data.conversations import IMAGE_MARK, Conversation, check_conversation, check_messages, message_text
 from switchkd.data.images import load_image
 
 IGNORE = -100  # the label of a position that no loss looks at, as in torch and transformers
@@ -26,16 +29,17 @@ def encode(conversation: Conversation, processor: Any, max_length: int | None = 
     end-of-turn token included, and -100 elsewhere, at position 0 always; pixel_values [images, 3, H, W],
     absent without images; sample_id. Ids past `max_length` are cut.
 
-    Raises ValueError, naming the conversation, where `check_messages` or `load_image` do, for a chat template
-    that renders the start of a conversation differently from the whole or does not end an answer with a
-    special token, for an answer that shares a token with the prompt, and when `max_length` cuts image tokens
-    or leaves no answer token. FileNotFoundError for a missing image.
+    Raises ValueError, naming the conversation, where `check_messages` or `load_image` do, for a text that holds a
+    special token of the tokenizer, for a chat template that cannot render the conversation, renders its start
+    differently from the whole or does not end an answer with a special token, for an answer that shares a token
+    with the prompt, and when `max_length` cuts image tokens or leaves no answer token. FileNotFoundError for a
+    missing image.
     """
     where = f"conversation {conversation.id!r}"
     check_messages(conversation.messages, conversation.images, where)
     text, spans = _answer_spans(conversation.messages, processor, where)
     encoded = _process(text, conversation.images, processor, where, return_offsets_mapping=True)
-    encoded["labels"] = _labels(encoded["input_ids"], encoded.pop("offset_mapping"), spans, processor, where)
+    encoded["labels"] = _labels(encoded["input_ids"], encoded.pop("offset_mapping").numpy(), spans, processor, where)
     _cut(encoded, processor, max_length, where)
     encoded["sample_id"] = conversation.id
     return encoded
@@ -48,7 +52,9 @@ def encode_prompt(messages: list[dict], images: Sequence, processor: Any) -> dic
     """
     images = list(images)
     check_messages(messages, images, "prompt")
-    return _process(_render(messages, processor, prompt=True), images, processor, "prompt")
+    _refuse_special_tokens(messages, processor, "prompt")
+    (text,) = _render([messages], processor, "prompt", prompt=True)
+    return _process(text, images, processor, "prompt")
 
 
 class ConversationDataset(torch.utils.data.Dataset):
@@ -56,7 +62,8 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     Every conversation and image file is checked first (`check_conversation`), and its answer positions are
     found from the text alone. Bad ones are counted, reported and skipped up to the share `max_bad_rate` (0 to
-    1); past it, ValueError. What only shows in decoding a picture is raised by __getitem__, by sample name.
+    1); past it, ValueError. What only shows in decoding a picture is raised by __getitem__, by sample name:
+    damage inside a JPEG, or a file that has changed since.
     """
 
     def __init__(
@@ -77,22 +84,30 @@ class ConversationDataset(torch.utils.data.Dataset):
         return len(self.conversations)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return encode(self.conversations[index], self.processor, self.max_length)
+        try:
+            return encode(self.conversations[index], self.processor, self.max_length)
+        except (ValueError, FileNotFoundError) as error:
+            raise type(error)(
+                f"{error}. It passed the check of all samples, which does not decode every picture, so that"
+                " max_bad_rate does not skip it"
+            ) from error
 
     def _check(self, conversation: Conversation) -> Conversation:
         check_conversation(conversation)
         where = f"conversation {conversation.id!r}"
         text, spans = _answer_spans(conversation.messages, self.processor, where)
+        ids, offsets = _tokenize(text, self.processor)
+        labels = _labels(ids, offsets, spans, self.processor, where)
         if conversation.images:
             # Every image of a LLaVA processor takes the same number of tokens: measured once.
             if self._tokens_an_image is None:
                 mark = self.processor.image_token
                 alone = _process(mark, conversation.images[:1], self.processor, where)["input_ids"]
                 self._tokens_an_image = int((alone == self.processor.image_token_id).sum())
-            text = text.replace(self.processor.image_token, self.processor.image_token * self._tokens_an_image)
-        encoded = _tokenize(text, self.processor)
-        encoded["labels"] = _labels(encoded["input_ids"], encoded["offset_mapping"], spans, self.processor, where)
-        _cut(encoded, self.processor, self.max_length, where)
+            # Only the length is asked for: far cheaper than tokenizing the expanded text.
+            repeats = torch.where(ids == self.processor.image_token_id, self._tokens_an_image, 1)
+            ids, labels = ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+        _cut({"input_ids": ids, "labels": labels}, self.processor, self.max_length, where)
         return conversation
 
 
@@ -132,8 +147,30 @@ class Collator:
         return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=self.padding_side)
 
 
-def _render(messages: list[dict], processor: Any, *, prompt: bool = False) -> str:
-    return processor.apply_chat_template(messages, add_generation_prompt=prompt, tokenize=False)
+def _render(conversations: list[list[dict]], processor: Any, where: str, *, prompt: bool = False) -> list[str]:
+    """The text of each list of messages."""
+    try:
+        return processor.apply_chat_template(conversations, add_generation_prompt=prompt, tokenize=False)
+    # TemplateError: also what a template's own raise_exception gives. The others come from its expressions.
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: the chat template cannot render it ({type(error).__name__}: {error}); correct the roles and"
+            " their order to what the template takes, or use a template that takes content as a list of items"
+        ) from error
+
+
+def _refuse_special_tokens(messages: list[dict], processor: Any, where: str) -> None:
+    """A text that spells a special token would end its turn or begin another; `check_messages` counts image marks."""
+    tokenizer = processor.tokenizer
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = added.union(tokenizer.all_special_tokens) - {IMAGE_MARK}
+    for message in messages:
+        text = message_text(message)
+        if found := sorted(token for token in special if token in text):
+            raise ValueError(
+                f"{where}: the text of its {message['role']} message holds {found[0]!r}, a special token of the"
+                " tokenizer, which would forge a turn; write it differently or remove the conversation"
+            )
 
 
 def _answer_spans(messages: list[dict], processor: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
@@ -146,14 +183,13 @@ def _answer_spans(messages: list[dict], processor: Any, where: str) -> tuple[str
             f"{where}: {type(processor.tokenizer).__name__} gives no character offsets;"
             " load a tokenizer with a tokenizer.json (a fast one)"
         )
+    _refuse_special_tokens(messages, processor, where)
     mark = processor.image_token
-    text = _render(messages, processor)
+    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    *uptos, text = _render([*(messages[: index + 1] for index in answers), messages], processor, where)
+    befores = _render([messages[:index] for index in answers], processor, where, prompt=True) if answers else []
     spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        before = _render(messages[:index], processor, prompt=True)
-        upto = _render(messages[: index + 1], processor) if index + 1 < len(messages) else text
+    for index, before, upto in zip(answers, befores, uptos, strict=True):
         if not (text.startswith(upto) and upto.startswith(before)):
             raise ValueError(
                 f"{where}: the chat template is not prefix-stable: it renders the first {index + 1} messages"
@@ -166,15 +202,14 @@ def _answer_spans(messages: list[dict], processor: Any, where: str) -> tuple[str
     return text, spans
 
 
-def _tokenize(text: str, processor: Any) -> dict[str, torch.Tensor]:
-    tokenizer = processor.tokenizer
-    encoded = tokenizer(
-        [text],
-        return_tensors="pt",
-        return_offsets_mapping=True,
-        add_special_tokens=_adds_special_tokens(text, processor),
+def _tokenize(text: str, processor: Any) -> tuple[torch.Tensor, np.ndarray]:
+    """Ids [T] and offsets [T, 2] of a text whose image marks are not expanded."""
+    encoded = processor.tokenizer(
+        text, return_offsets_mapping=True, add_special_tokens=_adds_special_tokens(text, processor)
     )
-    return {name: encoded[name][0] for name in ("input_ids", "offset_mapping")}
+    # By way of numpy: torch reads a long list many times more slowly.
+    offsets = np.fromiter(chain.from_iterable(encoded["offset_mapping"]), np.int64)
+    return torch.from_numpy(np.array(encoded["input_ids"], np.int64)), offsets.reshape(-1, 2)
 
 
 def _process(
@@ -211,13 +246,14 @@ def _adds_special_tokens(text: str, processor: Any) -> bool:
 
 
 def _labels(
-    ids: torch.Tensor, offsets: torch.Tensor, spans: list[tuple[int, int]], processor: Any, where: str
+    ids: torch.Tensor, offsets: np.ndarray, spans: list[tuple[int, int]], processor: Any, where: str
 ) -> torch.Tensor:
-    is_image = (ids == processor.image_token_id).numpy()
+    rows = ids.numpy()
+    is_image = rows == processor.image_token_id
     passed = is_image.cumsum() * len(processor.image_token)  # characters of image marks up to here
-    starts, ends = (offsets.numpy() - passed[:, None]).T
+    starts, ends = (offsets - passed[:, None]).T
     text_token = ~is_image & (ends > starts)
-    labels = torch.full_like(ids, IGNORE)
+    labels = np.full_like(rows, IGNORE)
     for start, end in spans:
         if (text_token & (starts < start) & (ends > start)).any():
             raise ValueError(
@@ -225,16 +261,16 @@ def _labels(
                 " answer could begin like it; strip the answer, or end the template's prompt elsewhere"
             )
         answer = (text_token & (starts >= start) & (starts < end)).nonzero()[0]
-        last = int(ids[answer[-1]]) if len(answer) else None
+        last = int(rows[answer[-1]]) if len(answer) else None
         if last not in processor.tokenizer.all_special_ids:
             found = "no token" if last is None else repr(processor.tokenizer.decode([last]))
             raise ValueError(
                 f"{where}: the chat template ends an answer with {found} instead of a special end-of-turn"
                 " token, so that a model never learns to stop; let it write the eos token after each answer"
             )
-        labels[answer] = ids[answer]
+        labels[answer] = rows[answer]
     labels[0] = IGNORE
-    return labels
+    return torch.from_numpy(labels)
 
 
 def _cut(encoded: dict[str, Any], processor: Any, max_length: int | None, where: str) -> None:

@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 from PIL import Image
 
 TAIL_BYTES = 64
+# What PIL raises for a file that is broken in one way or another, or that the system does not let it read.
+BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits a channel
+ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, and the others are brought upright so:
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def inside(root: str | Path, name: str | Path) -> Path:
@@ -23,7 +45,8 @@ def inside(root: str | Path, name: str | Path) -> Path:
 
 
 def load_image(image: str | Path | Image.Image) -> Image.Image:
-    """The picture in RGB, decoded.
+    """The picture in RGB, decoded and turned upright by its EXIF orientation: as people saw it when they wrote about
+    it, and as `transformers.image_utils.load_image` gives it.
 
     Raises FileNotFoundError for a missing file, ValueError for one that cannot be decoded (truncated, not an
     image) or has more than 8 bits a channel, which a plain conversion would clip to white.
@@ -35,36 +58,65 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
 
 
 def check_image(path: str | Path) -> tuple[int, int]:
-    """(width, height) of an image file that can be decoded, in about 0.1 ms for a whole JPEG or PNG.
+    """(width, height) of an image file that can be decoded.
 
-    A JPEG or PNG that ends with its end mark is taken for whole; any other file is decoded.
-    Raises as `load_image`.
+    A JPEG that ends with its end mark is taken for whole (0.05 ms), a PNG whose checksums are right (0.2 ms for 700
+    kB); any other file is decoded. Raises as `load_image`.
     """
     with _open(path) as opened:
         _refuse_deep(opened, path)
-        if not _ends_whole(path, opened.format):
+        size = opened.size
+        if opened.format == "PNG":
+            try:
+                opened.verify()
+            except BROKEN as error:
+                raise _broken(path, error) from error
+        elif opened.format != "JPEG" or not _ends_whole(path):
             _decode(opened, path)
-        return opened.size
+        return size
+
+
+def orientation(path: str | Path) -> int:
+    """The EXIF orientation of an image file, 1 to 8; 1, upright, where it states none. Raises as `load_image`."""
+    with _open(path) as opened:
+        return _orientation(opened)
 
 
 def _open(path: str | Path) -> Image.Image:
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such image file; correct the path or the data root")
     try:
-        return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
+        if path.is_file():
+            return Image.open(path)
+    except BROKEN as error:
         raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
+    raise FileNotFoundError(f"{path}: no such image file; correct the path or the data root")
 
 
 def _decode(image: Image.Image, name: object) -> Image.Image:
     _refuse_deep(image, name)
     try:
         image.load()
-    # SyntaxError: what PIL raises for broken PNG chunks.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name}: cannot be decoded ({error}); replace or remove it") from error
-    return image.convert("RGB")
+        turn = UPRIGHT.get(_orientation(image))
+        image = image.convert("RGB")
+    except BROKEN as error:
+        raise _broken(name, error) from error
+    if turn is not None:
+        image = image.transpose(turn)
+        image.info.clear()  # the tag with it, so that nobody turns the picture again
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        # Of the base class: a PNG's own method decodes the whole picture in search of a tag after the pixels.
+        found = Image.Image.getexif(image).get(ORIENTATION)
+    except BROKEN:  # a broken tag does not spoil the picture
+        return 1
+    return found if found in UPRIGHT else 1
+
+
+def _broken(name: object, error: Exception) -> ValueError:
+    return ValueError(f"{name}: cannot be decoded ({error}); replace or remove it")
 
 
 def _refuse_deep(image: Image.Image, name: object) -> None:
@@ -72,11 +124,9 @@ def _refuse_deep(image: Image.Image, name: object) -> None:
         raise ValueError(f"{name}: has more than 8 bits a channel (mode {image.mode!r}); convert it to 8 bits first")
 
 
-def _ends_whole(path: str | Path, file_format: str | None) -> bool:
+def _ends_whole(path: str | Path) -> bool:
+    """Whether a JPEG ends with its end mark."""
     with Path(path).open("rb") as file:
         file.seek(0, 2)
         file.seek(max(file.tell() - TAIL_BYTES, 0))
-        tail = file.read()
-    if file_format == "JPEG":
-        return tail.rstrip(b"\0\n\r").endswith(b"\xff\xd9")
-    return file_format == "PNG" and b"IEND" in tail[-16:]
+        return file.read().rstrip(b"\0\n\r").endswith(b"\xff\xd9")

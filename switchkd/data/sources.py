@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from switchkd.config import DataConfig
-from switchkd.data.conversations import Conversation, check_conversations, join_turns, read_llava, read_messages
+from switchkd.data.bad_samples import keep_good
+from switchkd.data.conversations import Conversation, check_conversation, join_turns, read_llava, read_messages
 from switchkd.data.defects import DefectImage, read_defects
 from switchkd.data.instruct import to_conversations
 from switchkd.data.steel import CLASSES, render_steel
@@ -27,7 +28,10 @@ class Source:
 
 
 def load_source(config: DataConfig) -> Source:
-    """Reads or renders both parts. Raises ValueError or FileNotFoundError naming the field or file that is wrong."""
+    """Reads or renders both parts; of each part, up to the share `config.max_bad_rate` may be bad and is left out.
+
+    Raises ValueError or FileNotFoundError naming the field or file that is wrong.
+    """
     if config.source == "steel":
         images = [
             steel_part(config, TRAIN_STREAM, config.train_images),
@@ -36,7 +40,9 @@ def load_source(config: DataConfig) -> Source:
         return _from_defects(images, CLASSES, config.image_seed)
     root, seed = config.folder(), config.image_seed
     if config.source == "voc":
-        train, test = (list(read_defects(root, split=split)) for split in (config.train_split, config.test_split))
+        rules = {"max_bad_rate": config.max_bad_rate, "first_pixel": config.first_pixel}
+        splits = (config.train_split, config.test_split)
+        train, test = (list(read_defects(root, split=split, **rules)) for split in splits)
         # Of the whole split, so that the questions do not change with the number of images.
         classes = sorted({label for image in train for label in image.labels})
         _check_classes(test, classes, config)
@@ -44,7 +50,7 @@ def load_source(config: DataConfig) -> Source:
         return _from_defects(parts, classes, seed)
     train = _picked(_read_file(config, "train_split", root), config.train_images, seed)
     test = _picked(_read_file(config, "test_split", root), config.test_images, seed)
-    return Source(train, _check_questions(test, config.test_split))
+    return Source(train, _questions(test, config))
 
 
 def steel_part(config: DataConfig, stream: int, count: int | None) -> list[DefectImage]:
@@ -78,21 +84,26 @@ def _read_file(config: DataConfig, field: str, root: Path) -> list[Conversation]
     path = Path(getattr(config, field))
     if not path.is_file():
         raise FileNotFoundError(f"data.{field} is {path}, which is not a file: give the file of conversations")
-    conversations = list((read_llava if config.source == "llava" else read_messages)(path, root))
+    read = read_llava if config.source == "llava" else read_messages
+    conversations = list(read(path, root, max_bad_rate=config.max_bad_rate))
     if not conversations:
         raise ValueError(f"data.{field}: {path} holds no conversation")
     return conversations
 
 
-def _check_questions(conversations: list[Conversation], name: str) -> list[Conversation]:
-    """What can be asked and judged: found out here, not after the training."""
-    for conversation in check_conversations(conversations, what=name):
+def _questions(conversations: list[Conversation], config: DataConfig) -> list[Conversation]:
+    """Those that can be asked and judged: found out here, not after the training."""
+    name = config.test_split
+
+    def check(conversation: Conversation) -> Conversation:
         if [message["role"] for message in conversation.messages[-2:]] != ["user", "assistant"]:
             raise ValueError(
                 f"{name}: conversation {conversation.id!r} does not end in a question and its answer, so that it "
                 "cannot be judged: remove what follows the answer, or add the answer"
             )
-    return conversations
+        return check_conversation(conversation)
+
+    return keep_good(conversations, check, max_bad_rate=config.max_bad_rate, what=name)
 
 
 Item = TypeVar("Item")

@@ -103,8 +103,10 @@ def answer_terms(
 
     chunks = max(math.ceil(len(labels) / chunk), min_chunks, 1)
     sizes = [len(labels) // chunks + (i < len(labels) % chunks) for i in range(chunks)]
-    pieces = zip(*(tensor.split(sizes) for tensor in rows.values()), strict=True)
+    *pieces, last = zip(*(tensor.split(sizes) for tensor in rows.values()), strict=True)
     sums = [checkpoint(terms, *piece, use_reentrant=False) for piece in pieces]
+    # Backward begins with the last chunk, whose logits are still there: recomputing them would save no memory.
+    sums.append(terms(*last))
     names = ["ce"] + ["align"] * (align is not None) + ["switch"] * (switch is not None)
     return {name: torch.stack(of_chunks).sum() for name, *of_chunks in zip(names, *sums, strict=True)}
 

@@ -38,8 +38,8 @@ class SupervisedMethod(nn.Module):
         visual_tokens = pathway.project(self.student, pathway.encode(self.student, pixel_values))
         hidden = pathway.decode(self.student, input_ids, attention_mask, visual_tokens)
         rows, targets = answer_rows(hidden, labels)
-        vocabulary = self.student.config.text_config.vocab_size
-        sums = answer_terms(rows, self.student.lm_head, targets, **chunking(targets, vocabulary))
+        head = self.student.lm_head
+        sums = answer_terms(rows, head, targets, **chunking(targets, head))
         return over_answer_tokens(sums, {"ce": 1.0}, targets, num_items_in_batch)
 
     def progress(self, fraction: float) -> None:

@@ -5,7 +5,9 @@
     z_switch = L_T(P_T(V_S(image)), text)      switch logits, gradient on           (Eq. 5)
     loss     = CE(z_S) + align_weight * D(z_T, z_S) + switch_weight * D(z_T, z_switch)   (Eq. 1, 4, 6)
 
-V is the vision tower, P the projector, L the language model; D is DBiLD in the paper.
+V is the vision tower, P the projector, L the language model; D is DBiLD in the paper. Which parts are frozen, what is
+switched and what it is compared with follow the official figure and README; equation numbers, weights and temperature
+are as reported by public notes and ports, for the paper's own text was not read.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class SwitchKD(nn.Module):
     student, teacher: LLaVA models over one vocabulary; the teacher is frozen here and kept in eval mode.
     align, switch: the divergence of z_S and of z_switch from z_T: a name of `DIVERGENCES`, your own function
         [N, V] (student or switch logits), [N, V] (teacher logits) -> [N], or None to leave the term and its pass out.
-    align_weight, switch_weight: lambda 1 and 2 of Eq. 1; 1.0 and 1.0 in the paper.
+    align_weight, switch_weight: lambda 1 and 2 of Eq. 1; 1.0 and 1.0 as reported of the paper.
     align_options, switch_options: keyword arguments of the divergence, such as {"temperature": 3.0}.
     shared_vocab: logits are cut to the first `shared_vocab` rows before a divergence sees them; None: all rows, which
         then must be equally many. `switchkd.models.shared_vocab` finds it from the two tokenizers.
@@ -77,7 +79,6 @@ class SwitchKD(nn.Module):
         self.switch = _divergence("switch", switch, switch_options)
         self.weights = {"ce": 1.0, "align": align_weight, "switch": switch_weight}
         self.shared_vocab = _shared_rows(student, teacher, shared_vocab)
-        self.vocabulary = max(model.config.text_config.vocab_size for model in (student, teacher))
         _check_pair(student, teacher, switched=self.switch is not None)
         if self.switch is not None:
             _check_encoders_move(student, teacher)
@@ -142,7 +143,7 @@ class SwitchKD(nn.Module):
             align=self.align,
             switch=self.switch,
             shared_vocab=self.shared_vocab,
-            **chunking(targets, self.vocabulary),
+            **chunking(targets, student.lm_head, teacher.lm_head),
         )
         return over_answer_tokens(sums, self.weights, targets, num_items_in_batch)
 
@@ -166,7 +167,10 @@ def _divergence(field: str, choice: str | Divergence | None, options: Mapping | 
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ValueError(f"{field}_options: {choice.__name__} has no option {unknown}; it has {', '.join(known)}")
-        choice(torch.zeros(1, 4), torch.zeros(1, 4), **options)  # options out of range are refused here, not at step 1
+        try:  # options out of range are refused here, not at step 1
+            choice(torch.zeros(1, 4), torch.zeros(1, 4), **options)
+        except TypeError as error:
+            raise ValueError(f"{field}_options is {options}: {error}; give numbers where numbers are due") from error
     return functools.partial(choice, **options) if options else choice
 
 
@@ -192,7 +196,7 @@ def _check_pair(student, teacher, switched: bool) -> None:
             "both, so add <image> to both tokenizers in the same way"
         )
     visions = [model.config.vision_config for model in (student, teacher)]
-    tokens = [_visual_tokens(model) for model in (student, teacher)]
+    tokens = [pathway.visual_token_count(model) for model in (student, teacher)]
     if tokens[0] != tokens[1] or visions[0].image_size != visions[1].image_size:
         sizes = [
             f"{v.image_size} px in patches of {v.patch_size}, {n} tokens" for v, n in zip(visions, tokens, strict=True)
@@ -209,11 +213,6 @@ def _check_pair(student, teacher, switched: bool) -> None:
         )
 
 
-def _visual_tokens(model) -> int:
-    vision = model.config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2
-
-
 def _feature_width(model) -> int:
     layers = model.config.vision_feature_layer
     return model.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
@@ -222,10 +221,15 @@ def _feature_width(model) -> int:
 def _check_encoders_move(student, teacher) -> None:
     towers = [model.model.vision_tower for model in (student, teacher)]
     states = [tower.state_dict() for tower in towers]
-    equal = states[0].keys() == states[1].keys() and all(
-        states[0][name].shape == states[1][name].shape
-        and torch.equal(states[0][name], states[1][name].to(states[0][name]))
-        for name in states[0]
+    layers = [model.config.vision_feature_layer for model in (student, teacher)]
+    equal = (
+        layers[0] == layers[1]
+        and states[0].keys() == states[1].keys()
+        and all(
+            states[0][name].shape == states[1][name].shape
+            and torch.equal(states[0][name].to(states[1][name]), states[1][name])
+            for name in states[0]
+        )
     )
     frozen = not any(parameter.requires_grad for parameter in towers[0].parameters())
     if frozen and equal:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 # Logits that a language-model head makes at once: half a gigabyte in float32, 883 rows of Qwen2.5's vocabulary.
@@ -38,15 +39,17 @@ def over_answer_tokens(
     return Terms(loss=loss, named={name: mean.detach() for name, mean in means.items()})
 
 
-def chunking(targets: Tensor, vocabulary: int) -> dict[str, int]:
-    """`chunk` and `min_chunks` of `answer_terms` for N answer rows over a vocabulary, the same on all ranks.
+def chunking(targets: Tensor, *heads: nn.Linear) -> dict[str, int]:
+    """`chunk` and `min_chunks` of `answer_terms` for N answer rows and the heads that read them.
 
-    Where ZeRO-3 or FSDP shard the heads each head call is a collective, so every rank runs as many chunks as the rank
-    with most answer tokens.
+    Where ZeRO-3 or FSDP shard a head each of its calls is a collective: then every rank runs as many chunks as the
+    rank with most answer tokens.
     """
-    chunk = max(1, CHUNK_LOGITS // vocabulary)
+    chunk = max(1, CHUNK_LOGITS // max(head.out_features for head in heads))
     chunks = -(-targets.numel() // chunk)
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    if any(
+        hasattr(parameter, "ds_id") or isinstance(parameter, DTensor) for h in heads for parameter in h.parameters()
+    ):
         most = torch.tensor(chunks, device=targets.device)
         torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
         chunks = int(most)

@@ -29,8 +29,12 @@ def encode(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor
 
 
 def project(model: LlavaForConditionalGeneration, features: Tensor) -> Tensor:
-    """[images, visual tokens, width of the tower] -> [images, visual tokens, hidden size of the language model]."""
-    return model.model.multi_modal_projector(features)
+    """[images, visual tokens, width of the tower] -> [images, visual tokens, hidden size of the language model].
+
+    The features may be another model's, of another dtype: they are read in the projector's.
+    """
+    projector = model.model.multi_modal_projector
+    return projector(features.to(next(projector.parameters()).dtype))
 
 
 def decode(
@@ -65,6 +69,15 @@ def decode(
 def head(model: LlavaForConditionalGeneration, hidden: Tensor) -> Tensor:
     """[..., hidden size] -> logits [..., vocabulary rows]."""
     return model.lm_head(hidden)
+
+
+def visual_token_count(model: LlavaForConditionalGeneration) -> int:
+    """Visual tokens that `encode` gives for one image: the patches, with the class token of a tower that has one
+    (CLIP), without the first token where `config.vision_feature_select_strategy` is "default"."""
+    vision = model.config.vision_config
+    class_token = hasattr(model.model.vision_tower.embeddings, "class_embedding")
+    dropped = model.config.vision_feature_select_strategy == "default"
+    return (vision.image_size // vision.patch_size) ** 2 + class_token - dropped
 
 
 def blank_pixels(model: LlavaForConditionalGeneration, like: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import (
 
 from switchkd.config import StudentConfig
 from switchkd.models.llava import assemble_llava, freeze, load_llava
-from switchkd.models.tiny import CHAT_TEMPLATE, STUDENT_SHAPE, VISION_TOWER, tiny_text_config, tiny_tokenizer
+from switchkd.models.tiny import STUDENT_SHAPE, VISION_TOWER, tiny_text_config, tiny_tokenizer
 
 TOWERS = {
     "siglip": SiglipVisionModel,
@@ -42,16 +42,14 @@ def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration,
             language_model = AutoModelForCausalLM.from_pretrained(
                 config.language_model, dtype=torch.float32, use_safetensors=True
             )
-            template = None
         else:
-            tokenizer, template = tiny_tokenizer(), CHAT_TEMPLATE
+            tokenizer = tiny_tokenizer()
             language_model = Qwen2ForCausalLM(tiny_text_config(tokenizer, **STUDENT_SHAPE))
+        layer = config.vision_feature_layer
+        if layer is None:
+            layer = -2 if config.vision_tower else -1
         model, processor = assemble_llava(
-            tower,
-            language_model,
-            tokenizer,
-            vision_feature_layer=config.vision_feature_layer,
-            chat_template=template,
+            tower, language_model, tokenizer, vision_feature_layer=layer, chat_template=config.chat_template
         )
     freeze(model, config.freeze)
     return model, processor

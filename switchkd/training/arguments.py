@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
-from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from switchkd.config import TrainConfig
+from switchkd.training.processes import on_cpu, process_state
 
 # What decides the weights a run ends with: a resume under other values is refused.
 DECIDING = (
@@ -26,6 +27,7 @@ REQUIRED = {
     "push_to_hub": False,
     "auto_find_batch_size": False,
     "save_only_model": False,
+    "dataloader_persistent_workers": False,
 }
 
 
@@ -36,15 +38,16 @@ def training_arguments(
     they are.
 
     Trainer sets `seed` only when it is built: call `transformers.set_seed(seed)` before building a model that
-    starts from random weights. Where torch sees no accelerator the run is on the CPU: torchrun then gives DDP
-    over gloo, and a DeepSpeed launch works too.
+    starts from random weights. Where torch sees no accelerator, or ACCELERATE_USE_CPU is set, the run is on the
+    CPU: torchrun then gives DDP over gloo, and a DeepSpeed launch works too.
     """
-    on_cpu = not torch.accelerator.is_available()
-    if on_cpu and _wants_deepspeed(overrides):
+    cpu = on_cpu()
+    if cpu and (overrides.get("deepspeed") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")):
         # Without a gloo group made first, DeepSpeed sees all ranks and Trainer sees one: the same data on
-        # every rank.
+        # every rank. What an earlier stage of this process configured goes, as TrainingArguments does itself.
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        PartialState(backend="gloo")
+        AcceleratorState._reset_state(reset_partial_state=True)
+        process_state()
         overrides = {"accelerator_config": {"use_configured_state": True}, **overrides}
     settings = {
         "max_steps": config.steps,
@@ -63,19 +66,15 @@ def training_arguments(
         "save_total_limit": config.keep_checkpoints,
         "remove_unused_columns": False,  # the collator sees the sample ids
         "ddp_find_unused_parameters": False,
-        "dataloader_pin_memory": not on_cpu,
-        "use_cpu": on_cpu,
+        "dataloader_num_workers": (0 if cpu else 4) if config.data_workers is None else config.data_workers,
+        # Persistent ones draw from torch's random state once a run instead of once an epoch: no exact resume.
+        "dataloader_persistent_workers": False,
+        "dataloader_pin_memory": not cpu,
+        "use_cpu": cpu,
         "report_to": "none",
         "seed": seed,
     }
     return TrainingArguments(output_dir=str(output_dir), **{**settings, **overrides})
-
-
-def _wants_deepspeed(overrides: dict[str, Any]) -> bool:
-    return bool(overrides.get("deepspeed")) or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in (
-        "true",
-        "1",
-    )
 
 
 def part_rates(config: TrainConfig) -> dict[str, float]:
@@ -102,7 +101,10 @@ def check_arguments(args: TrainingArguments) -> None:
             f"{args.n_gpu}), or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
     if args.fsdp:
-        raise ValueError("fsdp is set: DistillTrainer trains with DDP, ZeRO-2 or ZeRO-3 (recipes/accelerate)")
+        raise ValueError(
+            "fsdp is set: DistillTrainer trains with DDP or ZeRO-2 (recipes/accelerate), and with ZeRO-3 one stage "
+            "whose models are built before the arguments"
+        )
     for name, value in REQUIRED.items():
         if getattr(args, name) != value:
             raise ValueError(f"{name} is {getattr(args, name)}, DistillTrainer needs {value}")

@@ -8,18 +8,21 @@ do not match that list is never taken for a checkpoint.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from switchkd.data.encoding import ConversationDataset
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +44,11 @@ def method_state(method: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def gather(state: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+def gather(state: Mapping[str, Tensor], step: int, keep: bool = True) -> dict[str, Tensor]:
     """The tensors of `state` whole, detached and on the CPU; {} where `keep` is False.
 
-    Under ZeRO-3 each rank holds a share, so every rank has to call this, those that keep nothing too.
+    Under ZeRO-3 each rank holds a share, so every rank has to call this, those that keep nothing too. Raises
+    ValueError on every rank when a tensor is not finite after optimizer step `step`.
     """
     whole = {}
     for name, tensor in state.items():
@@ -52,16 +56,31 @@ def gather(state: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([tensor], modifier_rank=None):
+                _check_finite(name, tensor, step)
                 if keep:
                     whole[name] = tensor.detach().cpu().clone()
-        elif keep:
-            whole[name] = tensor.detach().cpu().contiguous()
+        else:
+            _check_finite(name, tensor, step)
+            if keep:
+                whole[name] = tensor.detach().cpu().contiguous()
     return whole
 
 
-def save_state(method: nn.Module, folder: Path, keep: bool = True) -> None:
-    """Write `method_state` into `folder`; a collective under ZeRO-3, where only ranks with `keep` write."""
-    state = gather(method_state(method), keep)
+def _check_finite(name: str, tensor: Tensor, step: int) -> None:
+    if not torch.isfinite(tensor).all():
+        raise ValueError(
+            f"{name} is not finite after step {step}, nothing of it is saved: start again with a lower learning "
+            "rate or a smaller max_grad_norm"
+        )
+
+
+def save_state(method: nn.Module, folder: Path, step: int, keep: bool = True) -> None:
+    """Write `method_state` after `step` into `folder`; a collective under ZeRO-3, where only ranks with `keep`
+    write.
+
+    Raises ValueError when it is not finite, and then writes nothing.
+    """
+    state = gather(method_state(method), step, keep)
     if keep:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / STATE, metadata={"format": "pt"})
@@ -91,21 +110,25 @@ def load_state(method: nn.Module, folder: Path) -> None:
 
 
 def seal(folder: Path, step: int) -> None:
-    """Write the file list of a finished folder and bring everything to the disk."""
+    """Write the file list of a finished folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     write_json(folder / MANIFEST, {"step": step, "files": sizes})
-    for path in [*files, folder / MANIFEST, folder]:
-        _to_disk(path)
 
 
 def put_in_place(staged: Path, final: Path) -> None:
-    """Give a finished folder its name; one of that name is replaced."""
+    """Bring a finished folder to the disk and give it its name; one of that name is replaced, and stays until the
+    new one stands."""
+    for path in [*staged.rglob("*"), staged]:
+        _to_disk(path)
     final.parent.mkdir(parents=True, exist_ok=True)
+    former = final.with_name(f".{final.name}.former")
     if final.exists():
-        shutil.rmtree(final)
+        shutil.rmtree(former, ignore_errors=True)
+        os.replace(final, former)
     os.replace(staged, final)
     _to_disk(final.parent)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _to_disk(path: Path) -> None:
@@ -160,11 +183,12 @@ def refuse_other_run(checkpoint: Path, current: Mapping[str, Any]) -> None:
     """Raise ValueError when `checkpoint` was written by a run with other values than `current`.
 
     `current`: groups of values as `run.json` holds them, {"config": {...}, "arguments": {...}, ...}. The
-    first group that differs is reported with its keys and both values.
+    first group that differs is reported with its keys and both values; one that only one of them has is not
+    compared.
     """
     saved, current = json.loads((checkpoint / RUN).read_text()), as_json(current)
-    for group in current:
-        before, now = _flat(saved.get(group, {})), _flat(current[group])
+    for group in [group for group in current if group in saved]:
+        before, now = _flat(saved[group]), _flat(current[group])
         different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
         if different:
             values = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in different]
@@ -172,6 +196,32 @@ def refuse_other_run(checkpoint: Path, current: Mapping[str, Any]) -> None:
                 f"{checkpoint} was written by another run: {'; '.join(values)}. Resume with the saved value, "
                 "or start a new run under another name"
             )
+
+
+def data_identity(dataset: Any) -> dict[str, dict[str, Any]]:
+    """What tells the samples of two runs apart, in the groups that `refuse_other_run` compares.
+
+    The number of samples for every data set; hashes of the sample ids, and of the messages of a
+    `ConversationDataset` or the token ids of a list of encoded samples. Images are not read.
+    """
+    identity: dict[str, dict[str, Any]] = {"data": {"samples": len(dataset)}}
+    if isinstance(dataset, ConversationDataset):
+        conversations = dataset.conversations
+        identity["data"]["hash of the sample ids"] = _hash(c.id.encode() for c in conversations)
+        texts = ([(m["role"], [i.get("text") for i in m["content"]]) for m in c.messages] for c in conversations)
+        identity["messages"] = {"hash of the messages": _hash(json.dumps(text).encode() for text in texts)}
+    elif isinstance(dataset, list) and all("sample_id" in sample and "input_ids" in sample for sample in dataset):
+        identity["data"]["hash of the sample ids"] = _hash(sample["sample_id"].encode() for sample in dataset)
+        tokens = (sample["input_ids"].numpy().tobytes() for sample in dataset)
+        identity["tokens"] = {"hash of the token ids": _hash(tokens)}
+    return identity
+
+
+def _hash(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()[:16]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -91,6 +91,7 @@ class DistillTrainer(Trainer):
         self._term_sums: dict[str, Tensor] = {}
         self._term_steps: set[int] = set()
         self._staging = False
+        self._data_identity: dict[str, dict[str, Any]] | None = None
 
     # ---- The step
 
@@ -180,7 +181,8 @@ class DistillTrainer(Trainer):
         ValueError when the checkpoint is torn or another run's, and when a fresh start would mix with an
         earlier run's checkpoints.
         """
-        found = checkpoints.latest_checkpoint(self.args.output_dir)
+        found = checkpoints.latest_checkpoint(self.args.output_dir) if self.is_world_process_zero() else None
+        found = broadcast_object_list([found])[0]  # ranks that looked for themselves could disagree
         if not resume_from_checkpoint and found and self.args.save_strategy != "no":
             raise ValueError(
                 f"{self.args.output_dir} holds {found.name} of an earlier run: resume it "
@@ -194,6 +196,9 @@ class DistillTrainer(Trainer):
             if reason := checkpoints.flaw(checkpoint):
                 raise ValueError(f"{checkpoint} is not a whole checkpoint: {reason}; resume from another one")
             checkpoints.refuse_other_run(checkpoint, self._run())
+            for name in () if self.is_deepspeed_enabled else ("optimizer.pt", "scheduler.pt"):
+                if not (checkpoint / name).is_file():  # Trainer would go on with a new one
+                    raise ValueError(f"{checkpoint} has no {name}: resume from another one")
         if self.is_world_process_zero():
             self.step_log.start(checkpoints.step_of(checkpoint) if checkpoint else 0)
         self._term_sums, self._term_steps = {}, set()
@@ -206,17 +211,30 @@ class DistillTrainer(Trainer):
 
     def _run(self) -> dict[str, Any]:
         """What decides the weights, as it is kept in a checkpoint and compared on resume."""
+        if self._data_identity is None:
+            self._data_identity = checkpoints.data_identity(self.train_dataset)
         return {
             "config": self.run_config,
-            "arguments": deciding_arguments(self.args),
+            "arguments": {"distribution": self._distribution(), **deciding_arguments(self.args)},
             "parts": {"rates": self.part_rates, "method": type(self.method).__name__},
-            "data": {"samples": len(self.train_dataset)},
+            **self._data_identity,
         }
+
+    def _distribution(self) -> str:
+        if self.is_deepspeed_enabled:
+            return f"ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "DDP" if self.args.world_size > 1 else "one process"
+
+    def _init_training_state(self, max_steps: int, *given: Any) -> tuple[int, int]:
+        trained = super()._init_training_state(max_steps, *given)
+        # A resumed state has the saved distances between logs and checkpoints: these may change, as on a full disk.
+        self.state.compute_steps(self.args, max_steps)
+        return trained
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Export the student; inside a checkpoint (Trainer's internal call) write the method's state."""
         if _internal_call:
-            checkpoints.save_state(self.method, Path(output_dir), keep=self.args.should_save)
+            checkpoints.save_state(self.method, Path(output_dir), self.state.global_step, keep=self.args.should_save)
         else:
             self.export_student(output_dir or Path(self.args.output_dir) / "student")
 
@@ -224,14 +242,14 @@ class DistillTrainer(Trainer):
         """Write the student and its processor as a stock checkpoint; all ranks call this. Replaces `folder`.
 
         Under ZeRO-3 call `transformers.integrations.unset_hf_deepspeed_config()` before one rank alone loads
-        it again: `from_pretrained` would shard it and wait for the others. Raises OSError when it cannot be
-        written; `folder` is then as it was before.
+        it again: `from_pretrained` would shard it and wait for the others. Raises ValueError when a weight is not
+        finite, OSError when it cannot be written; `folder` is then as it was before.
         """
         folder = Path(folder)
         staged = folder.with_name(f".{folder.name}{checkpoints.STAGING}")
         state = checkpoints.method_state(self.method)
         state = {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
-        state = checkpoints.gather(state, keep=self.args.should_save)
+        state = checkpoints.gather(state, self.state.global_step, keep=self.args.should_save)
         if self.args.should_save:
             shutil.rmtree(staged, ignore_errors=True)
             try:
@@ -298,7 +316,9 @@ class DistillTrainer(Trainer):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         # The engine's file lacks the frozen parameters (start values), so Trainer's strict load would refuse.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        path, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
+        if path is None:  # DeepSpeed only warns, and would train on from the start weights
+            raise ValueError(f"{resume_from_checkpoint} holds no state of DeepSpeed: resume from another one")
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._load_scaler(resume_from_checkpoint)
         return prepared

@@ -1,12 +1,13 @@
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from switchkd.data import Conversation, check_conversations, join_turns, read_llava, read_messages
-from switchkd.data.images import TAIL_BYTES, check_image, load_image
+from switchkd.data.images import ORIENTATION, TAIL_BYTES, UPRIGHT, check_image, load_image, orientation
 
 
 def llava(*turns, **fields):
@@ -166,6 +167,14 @@ def test_bad_records_are_skipped_up_to_the_stated_rate(tmp_path, caplog):
     assert "record 3: has an empty answer" in caplog.text
 
 
+def test_a_line_that_is_not_utf8_is_one_bad_record(tmp_path):
+    path = write_lines(tmp_path, *[{"messages": [{"role": "user", "content": "Hi"}]}] * 4)
+    path.write_bytes(path.read_bytes() + b'{"messages": [{"role": "user", "content": "\xff"}]}\n')
+    with pytest.raises(ValueError, match=r"train\.jsonl, line 6: is not JSON .*codec can't decode"):
+        read_messages(path, tmp_path)
+    assert len(list(read_messages(path, tmp_path, max_bad_rate=0.2))) == 4
+
+
 def test_check_conversations_opens_the_images(picture, caplog):
     good = [talk(f"g{i}", picture, "What?", "A plate.") for i in range(3)]
     missing = talk("m", picture.parent / "none.jpg", "What?", "A plate.")
@@ -193,6 +202,50 @@ def test_truncated_images_are_found(tmp_path, suffix):
             check_conversations([talk("t", path, "What?", "A plate.")])
         with pytest.raises(ValueError, match="cannot be decoded"):
             load_image(path)
+
+
+def test_a_damaged_byte_inside_a_png_is_found(tmp_path):
+    path = tmp_path / "a.png"
+    Image.effect_noise((64, 48), 80).convert("RGB").save(path)
+    whole = bytearray(path.read_bytes())
+    whole[len(whole) // 2] ^= 0xFF
+    path.write_bytes(whole)
+    assert whole.endswith(b"IEND\xaeB`\x82")
+    with pytest.raises(ValueError, match=r"a\.png: cannot be decoded .*; replace or remove it"):
+        check_image(path)
+    with pytest.raises(ValueError, match=r"conversation 't': .*a\.png: cannot be decoded"):
+        check_conversations([talk("t", path, "What?", "A plate.")])
+
+
+def test_a_picture_that_the_system_refuses_is_named(picture, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", refuse)
+    with pytest.raises(ValueError, match=r"conversation 't': .*plate\.jpg: cannot be read as an image .*Permission"):
+        check_conversations([talk("t", picture, "What?", "A plate.")])
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
+@pytest.mark.parametrize("stated", [1, *UPRIGHT])
+def test_pictures_are_turned_upright_once(tmp_path, suffix, stated):
+    stored = Image.effect_noise((64, 48), 80).convert("RGB")
+    tags = Image.Exif()
+    tags[ORIENTATION] = stated
+    stored.save(tmp_path / f"a{suffix}", exif=tags)
+    assert orientation(tmp_path / f"a{suffix}") == stated
+    upright = load_image(tmp_path / f"a{suffix}")
+    with Image.open(tmp_path / f"a{suffix}") as opened:
+        assert upright.tobytes() == ImageOps.exif_transpose(opened).tobytes()
+    assert upright.size == ((48, 64) if stated >= 5 else (64, 48))
+    assert load_image(upright).tobytes() == upright.tobytes()
+
+
+def test_a_broken_orientation_does_not_spoil_a_picture(tmp_path):
+    stored = Image.effect_noise((8, 6), 80).convert("RGB")
+    stored.save(tmp_path / "a.png", exif=b"Exif\0\0no tags at all")
+    assert orientation(tmp_path / "a.png") == 1
+    assert load_image(tmp_path / "a.png").tobytes() == stored.tobytes()
 
 
 def test_load_image_gives_rgb_and_refuses_deep_pictures(tmp_path):

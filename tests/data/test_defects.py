@@ -73,8 +73,9 @@ def test_pictures_without_labels_are_reported(tmp_path, caplog):
         ((5, 5, 4, 8), "empty or inverted"),
         ((5, 5, 9, 2), "empty or inverted"),
         (("nan", 5, 9, 9), "empty or inverted"),
-        ((0, 1, 5, 5), "not inside its 20x10 image"),
-        ((1, 1, 21, 5), "not inside its 20x10 image"),
+        ((0, 1, 5, 5), "box xmin 0, ymin 1, xmax 5, ymax 5 of 'crack' begins before pixel 1.*give first_pixel=0"),
+        ((1, -7, 5, 5), "ymin -7.* begins before pixel 1, where its image does: correct the box$"),
+        ((1, 1, 21, 5), "box xmin 1, ymin 1, xmax 21, ymax 5 of 'crack' is not inside its 20x10 image"),
         ((1, 1, 5, 11), "not inside its 20x10 image"),
         ((1, 1, 5, "five"), "object/bndbox/ymax is 'five', not a number"),
         ((1, 1, 5, ""), "object/bndbox/ymax is missing or empty"),
@@ -83,6 +84,51 @@ def test_pictures_without_labels_are_reported(tmp_path, caplog):
 def test_bad_boxes_name_the_file(tmp_path, box, message):
     xml = write(tmp_path, "a", box)
     with pytest.raises(ValueError, match=re.escape(str(xml)) + ".*" + message):
+        read_defects(tmp_path)
+
+
+def test_files_that_count_from_0(tmp_path):
+    write(tmp_path, "a", (0, 0, 20, 10), (3, 2, 8, 9))
+    (image,) = read_defects(tmp_path, first_pixel=0)
+    assert image.boxes == ((0, 0, 20, 10), (3, 2, 8, 9))
+    write(tmp_path, "a", (-1, 0, 5, 5))
+    with pytest.raises(
+        ValueError, match="box xmin -1, .* begins before pixel 0, where its image does: correct the box$"
+    ):
+        read_defects(tmp_path, first_pixel=0)
+    with pytest.raises(ValueError, match="first_pixel=2 must be 1, as in Pascal VOC, or 0"):
+        read_defects(tmp_path, first_pixel=2)
+
+
+def test_two_pictures_for_one_file_are_refused(tmp_path, caplog):
+    for number in range(4):
+        write(tmp_path, f"a_{number}", (1, 1, 5, 5))
+    write(tmp_path, "a_2", (1, 1, 5, 5), suffix=".png")
+    with pytest.raises(
+        ValueError, match=r"a_2\.xml: both a_2\.jpg and a_2\.png in .*images have its stem; keep the one"
+    ):
+        read_defects(tmp_path)
+    assert [image.id for image in read_defects(tmp_path, max_bad_rate=0.25)] == ["a_0", "a_1", "a_3"]
+
+
+def test_a_labelled_picture_that_a_viewer_turns_is_refused(tmp_path):
+    write(tmp_path, "a", (1, 1, 5, 5))
+    picture = tmp_path / "images/a.jpg"
+    tags = Image.Exif()
+    for stated in (1, 6):
+        tags[0x0112] = stated
+        Image.new("RGB", (20, 10)).save(picture, exif=tags)
+        if stated == 1:
+            assert len(list(read_defects(tmp_path))) == 1
+    with pytest.raises(ValueError, match=r"a\.jpg: has EXIF orientation 6, .*save the one that was labelled without"):
+        read_defects(tmp_path)
+
+
+def test_an_unreadable_xml_is_named(tmp_path):
+    xml = write(tmp_path, "a")
+    xml.unlink()
+    xml.mkdir()
+    with pytest.raises(ValueError, match=r"a\.xml: cannot be read \("):
         read_defects(tmp_path)
 
 
@@ -111,7 +157,7 @@ def test_bad_pictures(tmp_path):
     write(tmp_path, "a", (1, 1, 5, 5))
     picture = tmp_path / "images" / "a.jpg"
     whole = picture.read_bytes()
-    picture.write_bytes(whole[: len(whole) * 2 // 3])
+    picture.write_bytes(whole[:-20])
     with pytest.raises(ValueError, match=r"a\.jpg: cannot be decoded .*truncated"):
         read_defects(tmp_path)
     picture.write_text("not a picture")

@@ -162,6 +162,29 @@ def test_voc_folder_by_variable_or_missing(tmp_path, monkeypatch):
         load_source(replace(config, test_split="val"))
 
 
+def test_bad_images_are_left_out_up_to_the_share(tmp_path, caplog):
+    config = write_voc(tmp_path, train=["a"] * 4, test=["a"] * 4)
+    for stem in ("a_2", "a_6"):
+        (tmp_path / f"images/{stem}.jpg").write_text("no picture")
+    with pytest.raises(ValueError, match=r"a_2\.jpg: cannot be read as an image"):
+        load_source(config)
+    source = load_source(replace(config, max_bad_rate=0.25))
+    assert image_names(source.train) == ["a_1", "a_3", "a_4"]
+    assert set(image_names(source.test)) == {"a_5", "a_7", "a_8"}
+    assert caplog.text.count("skipped 1 bad samples of 4") == 2
+
+
+def test_boxes_that_count_from_0(tmp_path):
+    config = write_voc(tmp_path, train=["a"], test=["a"])
+    xml = tmp_path / "annotations/a_2.xml"
+    xml.write_text(xml.read_text().replace("<xmin>2<", "<xmin>0<"))
+    with pytest.raises(ValueError, match=r"a_2\.xml: box xmin 0, .*give first_pixel=0"):
+        load_source(config)
+    source = load_source(replace(config, first_pixel=0))
+    located = next(each for each in source.test if each.kind == "locate")
+    assert located.answer == '[{"label": "a", "bbox": [0, 300, 450, 800]}]'
+
+
 # ---- Files of conversations
 
 
@@ -219,6 +242,25 @@ def test_what_cannot_be_judged_is_refused_before_the_training(tmp_path, source, 
     (tmp_path / "plate.jpg").write_bytes((tmp_path / "plate.jpg").read_bytes()[:-40])
     with pytest.raises(ValueError, match="conversation '1'.*plate.jpg: cannot be decoded"):
         load_source(config)
+
+
+@FORMS
+def test_bad_records_are_left_out_up_to_the_share(tmp_path, caplog, source, record):
+    bad = record(2)
+    bad["image" if source == "llava" else "images"] = []
+    lost = record(12)
+    lost["image" if source == "llava" else "images"] = ["lost.jpg"]
+    test = [record(10), record(11, answer=None), lost, record(13)]
+    config = write_file(tmp_path, source, train_split=[record(0), record(1), bad, record(3)], test_split=test)
+    with pytest.raises(ValueError, match="has 0 images but 1 <image> marks"):
+        load_source(config)
+    with pytest.raises(ValueError, match=r"test_split: 2 of 4 samples are bad .*'11' does not end .*'12': .*lost\.jpg"):
+        load_source(replace(config, max_bad_rate=0.25))
+    left = load_source(replace(config, max_bad_rate=0.5))
+    assert [each.id for each in left.train] == ["0", "1", "3"]
+    assert [each.id for each in left.test] == ["10", "13"]
+    assert "train_split: skipped 1 bad samples of 4" in caplog.text
+    assert "test_split: skipped 2 bad samples of 4" in caplog.text
 
 
 @FORMS

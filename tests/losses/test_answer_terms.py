@@ -106,8 +106,8 @@ def test_heads_are_called_once_a_chunk_for_each_kind_of_row(inputs):
     assert inputs["student_head"].calls == [(n, True) for n in sizes]
     assert inputs["teacher_head"].calls == [call for n in sizes for call in ((n, False), (n, True))]
     sum(terms.values()).backward()
-    # Once more on the way back, where the chunk's logits are made again.
-    assert sorted(inputs["student_head"].calls) == sorted(2 * [(n, True) for n in sizes])
+    # Once more on the way back, where a chunk's logits are made again, but for the last, whose logits are still there.
+    assert inputs["student_head"].calls[4:] == [(6, True)] * 3
 
 
 def test_heads_are_called_for_nothing_else(inputs):
@@ -138,7 +138,9 @@ def test_no_tensor_beyond_a_chunk_of_logits_is_made_or_saved(inputs):
         torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t),
     ):
         terms = answer_terms(**inputs, chunk=12)
-        assert max(saved) == 12 * TEACHER_WIDTH  # a chunk's hidden states, to make its logits again
+        # Of the first chunk its hidden states, to make its logits again; of the last, 11 rows, the logits.
+        assert max(saved) <= 11 * TEACHER_VOCAB
+        assert sum(numel >= 12 * SHARED for numel in saved) == 0
         sum(terms.values()).backward()
     assert largest.numel == 12 * TEACHER_VOCAB
     assert largest.numel < ROWS * SHARED

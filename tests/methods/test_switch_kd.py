@@ -132,6 +132,13 @@ def test_a_frozen_encoder_of_its_own_is_refused(student, teacher):
         SwitchKD(student, teacher)
 
 
+def test_an_equal_encoder_is_known_in_the_teachers_lower_precision(student, teacher, caplog):
+    student.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
+    with caplog.at_level(logging.WARNING):
+        SwitchKD(student, teacher.bfloat16())
+    assert "begins at zero" in caplog.text
+
+
 def test_equal_trainable_encoders_start_at_zero_and_move(student, teacher, batch, caplog):
     student.model.vision_tower.load_state_dict(teacher.model.vision_tower.state_dict())
     with caplog.at_level(logging.WARNING):

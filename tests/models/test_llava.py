@@ -5,16 +5,19 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer
 from transformers import (
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedTokenizerFast,
     Qwen2ForCausalLM,
+    SiglipImageProcessorPil,
     SiglipVisionConfig,
     SiglipVisionModel,
 )
 
 from switchkd.models import assemble_llava, freeze, load_llava, shared_vocab
-from switchkd.models.tiny import CHAT_TEMPLATE, tiny_text_config, tiny_tokenizer
+from switchkd.models.llava import same_inputs
+from switchkd.models.tiny import CHAT_TEMPLATE, tiny_processor, tiny_text_config, tiny_tokenizer
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 
@@ -60,6 +63,24 @@ def test_a_tokenizer_without_the_image_token_gets_one_row():
     assert model.config.image_token_id == rows
     assert model.lm_head.out_features == model.config.text_config.vocab_size == rows + 1
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == rows
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_weights_of_the_parts_are_shared_not_copied(tied, processor, batch):
+    text = tiny_text_config(processor.tokenizer, hidden=32, layers=1)
+    text.tie_word_embeddings = tied
+    language_model = Qwen2ForCausalLM(text)
+    tower = SiglipVisionModel(SiglipVisionConfig(**VISION, image_size=32, patch_size=8)).half()
+    logits = language_model.eval()(input_ids=batch["input_ids"][:, 16:]).logits
+    model, _ = assemble_llava(tower, language_model, tiny_tokenizer())
+    for part, given in ((model.model.language_model, language_model.model), (model.model.vision_tower, tower)):
+        assert all(ours is theirs for ours, theirs in zip(part.parameters(), given.parameters(), strict=True))
+    assert model.lm_head.weight is language_model.lm_head.weight
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(model.eval()(input_ids=batch["input_ids"][:, 16:]).logits, logits)
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
 @pytest.mark.parametrize(
@@ -123,6 +144,82 @@ def test_swapped_tokens_and_moved_image_tokens_are_named():
     b.add_tokens(["two", "one"])
     with pytest.raises(ValueError, match=f"'(one|two)' has id ({len(a) - 2}|{len(a) - 1}) in the student and"):
         shared_vocab(a, b)
+
+
+def test_equal_inputs_pass():
+    same_inputs(tiny_processor(32, 8), tiny_processor(32, 8))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        (
+            "size",
+            {"height": 64, "width": 32},
+            "size .* is {'height': 64, 'width': 32} in the student and {'height': 32, ",
+        ),
+        (
+            "size",
+            {"shortest_edge": 32},
+            "size .* is {'shortest_edge': 32} in the student and {'height': 32, 'width': 32}",
+        ),
+        ("resample", 2, "resample of the image processor is 2 in the student and 3 in the teacher"),
+        ("do_center_crop", True, "do_center_crop .* is True in the student and False in the teacher"),
+        ("do_pad", True, "do_pad .* is True in the student and False in the teacher"),
+        ("do_resize", False, "do_resize .* is False in the student and True"),
+        ("rescale_factor", 1.0, r"rescale_factor .* is 1\.0 in the student and 0\.0039"),
+        ("do_rescale", False, "do_rescale .* is False in the student and True"),
+        (
+            "image_mean",
+            (0.5, 0.5, 0.4),
+            r"image_mean .* is \[0\.5, 0\.5, 0\.4\] in the student and \[0\.5, 0\.5, 0\.5\]",
+        ),
+        ("image_std", (1, 1, 1), r"image_std .* is \[1, 1, 1\] in the student and \[0\.5, 0\.5, 0\.5\] in the teacher"),
+        ("do_normalize", False, "do_normalize .* is False in the student and True"),
+    ],
+)
+def test_pictures_that_student_and_teacher_would_see_differently(name, value, said):
+    settings = {"size": {"height": 32, "width": 32}, name: value}
+    if name == "do_center_crop":
+        settings["crop_size"] = {"height": 16, "width": 16}
+    student, teacher = tiny_processor(32, 8), tiny_processor(32, 8)
+    student.image_processor = SiglipImageProcessorPil(**settings)
+    with pytest.raises(ValueError, match=said):
+        same_inputs(student, teacher)
+
+
+def test_crops_of_other_sizes():
+    pair = [tiny_processor(32, 8), tiny_processor(32, 8)]
+    for processor, side in zip(pair, (32, 24), strict=True):
+        crop = {"height": side, "width": side}
+        processor.image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
+    with pytest.raises(
+        ValueError, match="crop_size .* is {'height': 32, 'width': 32} in the student and {'height': 24"
+    ):
+        same_inputs(*pair)
+    pair[1].image_processor.crop_size = pair[0].image_processor.crop_size
+    same_inputs(*pair)
+    for processor in pair:  # a crop that is not done
+        processor.image_processor.do_center_crop = False
+    pair[1].image_processor.crop_size = None
+    same_inputs(*pair)
+
+
+def test_prompts_that_student_and_teacher_would_read_differently():
+    student, teacher = tiny_processor(32, 8), tiny_processor(32, 8)
+    teacher.chat_template = CHAT_TEMPLATE.replace("{% for m in messages %}", "You look.{% for m in messages %}")
+    with pytest.raises(
+        ValueError, match="two turns as '<.im_start.>user.* and as 'You look.<.im_start.>user.*chat_templ"
+    ):
+        same_inputs(student, teacher)
+    teacher.chat_template = None
+    with pytest.raises(
+        ValueError, match="in the student and as '' in the teacher: .* pass the teacher's as chat_template"
+    ):
+        same_inputs(student, teacher)
+    # other text, same turns
+    teacher.chat_template = CHAT_TEMPLATE + "{# the same #}"
+    same_inputs(student, teacher)
 
 
 def test_loading_is_silent(tmp_path, student, processor, caplog):

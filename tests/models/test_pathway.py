@@ -8,6 +8,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from switchkd.methods import SwitchKD
 from switchkd.models import pathway
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -62,3 +63,49 @@ def test_without_images_the_tower_stays_in_the_graph(student):
     assert weight.grad is not None
     assert weight.grad.abs().max() == 0
     assert torch.allclose(pathway.head(student, hidden), student(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "strategy", "tokens"),
+    [
+        (SiglipVisionConfig, "full", 16),
+        (SiglipVisionConfig, "default", 15),
+        (CLIPVisionConfig, "full", 17),
+        (CLIPVisionConfig, "default", 16),
+    ],
+)
+def test_the_visual_tokens_of_an_image_are_what_encode_gives(config, strategy, tokens):
+    model = llava(config(**SIZES, image_size=32, patch_size=8), -2, strategy)
+    assert pathway.visual_token_count(model) == tokens
+    assert pathway.encode(model, torch.randn(1, 3, 32, 32)).shape[1] == tokens
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("images", [True, False])
+def test_a_bfloat16_teacher_reads_a_float32_students_features(student, teacher, batch, autocast, images):
+    if not images:
+        keep = batch.pop("input_ids") != student.config.image_token_id
+        batch = {"input_ids": torch.full(keep.shape, 5), "labels": batch["labels"], "attention_mask": keep.long()}
+    patches = student.model.vision_tower.embeddings.patch_embedding.weight
+
+    def run():
+        student.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            terms = SwitchKD(student, teacher, switch="forward_kl", align="forward_kl")(**batch)
+        terms.loss.backward()
+        return {name: value.item() for name, value in terms.named.items()}, patches.grad.clone()
+
+    (terms, gradient), _ = run(), teacher.bfloat16()
+    half_terms, half_gradient = run()
+    assert half_terms == pytest.approx(terms, rel=0.02, abs=2e-3)
+    assert half_gradient.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(half_gradient.flatten(), gradient.flatten(), dim=0) > 0.9 or not images
+    assert all(weight.grad is None for weight in teacher.parameters())
+
+
+def test_autocast_projects_as_before(student, batch):
+    features = torch.randn(2, 16, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for dtype in (torch.float32, torch.bfloat16):
+            expected = student.model.multi_modal_projector(features.to(dtype))
+            assert torch.equal(pathway.project(student, features.to(dtype)), expected)

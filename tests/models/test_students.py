@@ -66,8 +66,13 @@ def test_left_out_it_is_the_tiny_one(tower):
     assert (text.hidden_size, text.num_hidden_layers) == (STUDENT_SHAPE["hidden"], STUDENT_SHAPE["layers"])
     assert processor.tokenizer.get_vocab() == tiny_tokenizer().get_vocab()
     assert processor.chat_template == CHAT_TEMPLATE
-    assert model.config.vision_feature_layer == -2
-    assert build(vision_feature_layer=-1)[0].config.vision_feature_layer == -1
+
+
+def test_the_layer_that_the_projector_reads(tmp_path, tower):
+    own, other = {}, {"vision_tower": str(tmp_path / "tower")}
+    for fields, layer in ((own, -1), (other, -2), ({**own, "vision_feature_layer": -2}, -2)):
+        assert build(**fields)[0].config.vision_feature_layer == layer
+    assert build(**other, vision_feature_layer=-1)[0].config.vision_feature_layer == -1
 
 
 def test_the_same_seed_is_the_same_student(tower):
@@ -82,6 +87,12 @@ def test_from_two_parts(tmp_path, tower, language_model):
     assert same_weights(model.model.vision_tower, tower)
     assert same_weights(model.model.language_model, language_model.model)
     assert processor.chat_template == AutoTokenizer.from_pretrained(tmp_path / "lm").chat_template
+
+
+def test_the_chat_template_is_passed_on(tmp_path, tower, language_model):
+    own = CHAT_TEMPLATE + "\n"
+    for part in (None, str(tmp_path / "lm")):
+        assert build(language_model=part, chat_template=own)[1].chat_template == own
 
 
 def test_a_whole_one_by_path(tmp_path, student, processor):

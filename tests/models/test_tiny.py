@@ -118,7 +118,7 @@ def test_the_log_says_how_they_were_made():
     assert re.fullmatch("[0-9a-f]{40}", log["commit"])
     assert isinstance(log["seed"], int)
     assert {"machine", "images", "tower_steps", "teacher_steps", "seconds"} <= log.keys()
-    assert log["vision_tower"]["patch_f1"] > 0.85
+    assert log["towers"]["shipped"]["patch_f1"] < 0.6 < log["towers"]["teacher's before its training"]["patch_f1"]
     assert log["teacher"]["scores"]["average"] > 0.9
     assert log["teacher"]["scores"]["locate"]["ap50"] > 0.1
 

@@ -103,13 +103,14 @@ def test_the_log_has_both_students_step_by_step(done):
 
 
 def test_resume_repeats_what_is_missing_and_nothing_else(done, recipe, monkeypatch):
-    run, config, _, _ = done
+    run = done[0]
     before = hashes(run / "student")
     undistilled = {path.name: path.stat().st_mtime_ns for path in (run / "undistilled").iterdir()}
     shutil.rmtree(run / "student")
     train, stages = recipe.train, []
     monkeypatch.setattr(recipe, "train", lambda run, stage, *rest: (stages.append(stage), train(run, stage, *rest)))
-    assert recipe.main(["--config", str(config), "--resume", "true"]) == run
+    # Without --config it goes on under the run's own configuration.
+    assert recipe.main(["--out", str(run.parent), "--name", run.name, "--resume", "true"]) == run
     assert stages == ["student"]
     assert hashes(run / "student") == before
     assert {path.name: path.stat().st_mtime_ns for path in (run / "undistilled").iterdir()} == undistilled
@@ -172,7 +173,7 @@ def test_a_frozen_tower_equal_to_the_teachers(tmp_path, refused):
     tower = SiglipVisionModel(teacher.config.vision_config)
     tower.load_state_dict(teacher.model.vision_tower.state_dict())
     tower.save_pretrained(tmp_path / "pair/tower")
-    message = refused("--student.freeze", "[vision_tower]")
+    message = refused("--student.freeze", "[vision_tower]", "--train.encoder_lr", "null")
     assert "student and teacher share one frozen vision tower" in message
     assert "unfreeze the student's vision tower" in message
 

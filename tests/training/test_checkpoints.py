@@ -5,25 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
+import os
 import shutil
 
 import pytest
 import safetensors.torch
 import torch
-from toy_run import ToyMethod, toy_trainer, weights_hash
+from toy_run import ToyMethod, broken_run, resumed_run, toy_trainer, weights_hash
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 from switchkd.models.tiny import tiny_processor
 from switchkd.training import checkpoints, latest_checkpoint
-
-
-class Crash(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +24,6 @@ def whole_run(tmp_path_factory):
     """An uninterrupted run of six steps over seven samples, so that two epochs' ends are crossed."""
     trainer = toy_trainer(tmp_path_factory.mktemp("whole"), samples=7, gradient_accumulation_steps=2)
     trainer.train()
-    return trainer
-
-
-def broken_run(folder, **settings):
-    """The same run, stopped after step 5: its newest checkpoint is of step 4."""
-    trainer = toy_trainer(folder, samples=7, gradient_accumulation_steps=2, callbacks=[Crash(5)], **settings)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    return trainer
-
-
-def resumed_run(folder, checkpoint=True, **settings):
-    trainer = toy_trainer(folder, samples=7, gradient_accumulation_steps=2, **settings)
-    trainer.train(resume_from_checkpoint=checkpoint)
     return trainer
 
 
@@ -76,6 +55,27 @@ def test_fresh_start_among_older_checkpoints_is_refused(tmp_path):
     broken_run(tmp_path)
     with pytest.raises(ValueError, match=r"holds checkpoint-4 of an earlier run: resume it"):
         toy_trainer(tmp_path).train()
+
+
+def test_distances_between_logs_and_checkpoints_may_change(tmp_path, whole_run):
+    broken_run(tmp_path)
+    resumed = resumed_run(tmp_path, logging_steps=2, checkpoint_every=1)
+    assert weights_hash(resumed.method) == weights_hash(whole_run.method)
+    assert [record["step"] for record in steps(tmp_path)] == [1, 2, 3, 4, 6]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
+
+
+def test_all_ranks_go_on_from_the_first_ranks_choice(tmp_path, monkeypatch):
+    broken_run(tmp_path)
+    sent = []
+
+    def receive(found):
+        sent.extend(found)
+        return [tmp_path / "checkpoint-2"]  # as if rank 0 had chosen it
+
+    monkeypatch.setattr("switchkd.training.trainer.broadcast_object_list", receive)
+    assert len(resumed_run(tmp_path).method.fractions) == 8
+    assert sent == [tmp_path / "checkpoint-4"]
 
 
 # ---- What a checkpoint holds
@@ -113,11 +113,28 @@ def test_older_checkpoints_are_removed(whole_run):
 
 def test_state_of_another_method_is_refused(tmp_path):
     method = ToyMethod()
-    checkpoints.save_state(method, tmp_path)
+    checkpoints.save_state(method, tmp_path, step=1)
     method.extra = torch.nn.Linear(1, 1)
     del method.temperature
     with pytest.raises(ValueError, match=r"lacks 2 names \['extra.bias'.* 2 unknown ones \['temperature.bias'"):
         checkpoints.load_state(method, tmp_path)
+
+
+class Poison(TrainerCallback):
+    """Makes one weight NaN after step 4, which no log shows."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 4:
+            with torch.no_grad():
+                model.temperature.bias.fill_(math.nan)
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path):
+    trainer = toy_trainer(tmp_path, keep_checkpoints=1, logging_steps=100, callbacks=[Poison()])
+    with pytest.raises(ValueError, match=r"temperature.bias is not finite after step 4, nothing of it is saved: start"):
+        trainer.train()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "log.jsonl"]
+    assert checkpoints.flaw(tmp_path / "checkpoint-2") is None
 
 
 # ---- Torn checkpoints
@@ -149,28 +166,6 @@ def test_no_checkpoint_is_none(tmp_path):
     (tmp_path / "checkpoint-4").mkdir()
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "nowhere") is None
-
-
-# ---- Another run
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"run_config": {"method": {"switch": "jsd"}}}, "method.switch was 'dbild' and is now 'jsd'"),
-        ({"lr": 2e-2}, "learning_rate was 0.01 and is now 0.02"),
-        ({"batch_size": 3}, "per_device_train_batch_size was 2 and is now 3"),
-        ({"part_rates": {"temperature": 0.5}}, "rates.temperature was None and is now 0.5"),
-        ({"samples": 8}, "samples was 7 and is now 8"),
-    ],
-)
-def test_resume_under_another_configuration_is_refused(tmp_path, change, message):
-    config = {"run_config": {"method": {"switch": "dbild"}}}
-    broken_run(tmp_path, **config)
-    trainer = toy_trainer(tmp_path, **{"samples": 7, "gradient_accumulation_steps": 2, **config, **change})
-    with pytest.raises(ValueError, match=f"{message}. Resume with the saved value, or start a new run"):
-        trainer.train(resume_from_checkpoint=True)
-    assert trainer.method.fractions == []
 
 
 # ---- A full disk
@@ -248,3 +243,27 @@ def test_export_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):
         trainer.export_student(tmp_path / "student")
     AutoModelForImageTextToText.from_pretrained(tmp_path / "student")
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_student_that_is_not_finite_is_not_exported(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.export_student(tmp_path / "student")
+    before = (tmp_path / "student/model.safetensors").read_bytes()
+    name, weight = next(iter(trainer.method.student.named_parameters()))
+    with torch.no_grad():
+        weight[0] = math.inf
+    with pytest.raises(ValueError, match=f"{name} is not finite after step 0, nothing of it is saved"):
+        trainer.export_student(tmp_path / "student")
+    assert (tmp_path / "student/model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_export_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path)
+    on_disk, before_it_stood, replace = [], [], os.replace
+    monkeypatch.setattr(checkpoints, "_to_disk", on_disk.append)
+    monkeypatch.setattr(os, "replace", lambda *paths: (before_it_stood.extend(on_disk), replace(*paths)))
+    trainer.export_student(tmp_path / "student")
+    written = {path.name for path in (tmp_path / "student").iterdir()}
+    assert {"config.json", "model.safetensors"} <= written
+    assert {path.name for path in before_it_stood} == written | {".student.incomplete"}

@@ -17,7 +17,7 @@ from switchkd.config import TrainConfig
 from switchkd.data import ConversationDataset, to_conversations
 from switchkd.data.steel import CLASSES, render_steel
 from switchkd.models import freeze
-from switchkd.training import DistillTrainer, part_rates, training_arguments
+from switchkd.training import DistillTrainer, part_rates, process_state, training_arguments
 
 
 def records(trainer, key="loss"):
@@ -248,7 +248,12 @@ def test_method_without_student_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("remove_unused_columns", True), ("average_tokens_across_devices", False), ("save_only_model", True)],
+    [
+        ("remove_unused_columns", True),
+        ("average_tokens_across_devices", False),
+        ("save_only_model", True),
+        ("dataloader_persistent_workers", True),
+    ],
 )
 def test_arguments_that_train_wrong_are_refused(tmp_path, argument, value):
     with pytest.raises(ValueError, match=f"{argument} is {value}, DistillTrainer needs {not value}"):
@@ -260,3 +265,34 @@ def test_ranks_that_do_not_know_each_other_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched but this one trains as 1 of 1"):
         DistillTrainer(trainer.method, trainer.args, trainer.train_dataset, data_collator=toy_collate)
+
+
+def test_fsdp_is_refused_with_what_there_is_instead(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.args.fsdp = ["full_shard"]
+    with pytest.raises(ValueError, match=r"fsdp is set: .* DDP or ZeRO-2 \(recipes/accelerate\), and with ZeRO-3 one"):
+        DistillTrainer(trainer.method, trainer.args, trainer.train_dataset, data_collator=toy_collate)
+
+
+# ---- Where it runs
+
+
+def test_cpu_can_be_chosen_where_there_is_an_accelerator(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    args = training_arguments(TrainConfig(), tmp_path)
+    assert args.use_cpu
+    assert args.device == torch.device("cpu")
+    assert not args.dataloader_pin_memory
+    assert process_state().device == torch.device("cpu")
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    assert not training_arguments(TrainConfig(), tmp_path).use_cpu
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "asked", "workers"), [(False, None, 0), (True, None, 4), (True, 0, 0), (False, 2, 2)]
+)
+def test_processes_that_read_data(tmp_path, monkeypatch, accelerator, asked, workers):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    args = training_arguments(TrainConfig(data_workers=asked), tmp_path)
+    assert args.dataloader_num_workers == workers

@@ -1,10 +1,12 @@
 """A toy method, toy data, and a run of them: imported by the tests, and started by them as a process.
 
-`python toy_run.py '{"out": "folder", "steps": 8}'` trains and writes `folder/student`.
+`python toy_run.py '{"out": "folder", "steps": 8}'` trains and writes `folder/student`; with `"stages": 2` it then does
+the same again in `folder/2`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -26,7 +28,7 @@ from transformers import (
 
 from switchkd.config import TrainConfig
 from switchkd.methods.terms import Terms
-from switchkd.training import DistillTrainer, training_arguments
+from switchkd.training import DistillTrainer, process_state, training_arguments
 
 IMAGE_TOKEN, VOCAB = 3, 40
 
@@ -148,6 +150,33 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+class Crash(TrainerCallback):
+    """KeyboardInterrupt after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def broken_run(folder, **settings):
+    """Six steps over seven samples, two an epoch, stopped after step 5: the newest checkpoint is of step 4."""
+    trainer = toy_trainer(folder, samples=7, gradient_accumulation_steps=2, callbacks=[Crash(5)], **settings)
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 5
+    return trainer
+
+
+def resumed_run(folder, checkpoint=True, **settings):
+    """The same run to its end."""
+    trainer = toy_trainer(folder, samples=7, gradient_accumulation_steps=2, **settings)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+
 class KillAfter(TrainerCallback):
     """SIGKILL to this process after a step."""
 
@@ -161,6 +190,8 @@ class KillAfter(TrainerCallback):
 
 def main(settings: dict) -> None:
     out, resume = Path(settings.pop("out")), settings.pop("resume", False)
+    stages = settings.pop("stages", 1)
+    state = process_state()
     stage = settings.pop("zero", None)
     expect_zero = settings.pop("expect_zero", bool(stage))
     if stage:
@@ -185,12 +216,15 @@ def main(settings: dict) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         DistillTrainer._save_optimizer_and_scheduler = die
-    trainer = toy_trainer(out, **settings)
-    assert trainer.is_deepspeed_enabled == expect_zero
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.export_student(out / "student")
-    if trainer.is_world_process_zero():
-        (out / "world.json").write_text(json.dumps({"ranks": trainer.args.world_size}))
+    ranks = state.num_processes
+    for folder in [out, *(out / str(stage) for stage in range(2, stages + 1))]:
+        trainer = toy_trainer(folder, **settings)
+        assert trainer.is_deepspeed_enabled == expect_zero
+        assert trainer.args.world_size == ranks == state.num_processes
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.export_student(folder / "student")
+    if state.is_main_process:
+        (out / "world.json").write_text(json.dumps({"ranks": ranks}))
 
 
 if __name__ == "__main__":
