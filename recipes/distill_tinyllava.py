@@ -60,8 +60,9 @@ def main(argv: list[str] | None = None) -> Path:
     shared = shared_vocab(processor.tokenizer, teacher_processor.tokenizer)
     same_inputs(processor, teacher_processor)
     switch_kd(config, student, teacher, shared)
-    state.print(f"{len(source.train):,} training samples, {len(source.test):,} test questions")
     samples = ConversationDataset(source.train, processor, config.data.max_length, config.data.max_bad_rate)
+    questions = ConversationDataset(source.test, processor, max_bad_rate=config.data.max_bad_rate).conversations
+    state.print(f"{len(samples):,} training samples, {len(questions):,} test questions")
     if config.data.in_memory:
         order = tqdm(range(len(samples)), desc="encoding", unit="sample", disable=not state.is_local_main_process)
         samples = [samples[index] for index in order]
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> Path:
             train(run, stage, method, config.train, samples, processor)
         models[stage], processor = load_llava(run.model(stage))
 
-    judge(run, models, processor, source.test)
+    judge(run, models, processor, questions)
     state.print(f"{(time.perf_counter() - started) / 60:.1f} minutes; everything is in {run.path}")
     return run.path
 

@@ -42,7 +42,7 @@ class DataConfig:
     max_bad_rate: float = 0.0
     """Share of bad samples or images that is skipped with a warning; above it the run stops before training."""
     first_pixel: int = 1
-    """Number of the first pixel in the box files: 1 in Pascal VOC, 0 in what some tools write."""
+    """1: Pascal VOC, pixels 1 to width. 0: boxes written as edges, 0 to width."""
 
     def __post_init__(self):
         for name in ("train_images", "test_images"):

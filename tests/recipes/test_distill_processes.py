@@ -135,3 +135,15 @@ def test_the_neu_det_configuration_runs(tmp_path):
     pictures = {Path(row["id"]).parts[0] for row in rows}
     folder = Path(os.environ["SWITCHKD_DATA"]) / "neu-det"
     assert pictures <= set((folder / "splits/index240_val.txt").read_text().split())
+
+
+def test_two_processes_make_one_run(tmp_path):
+    config = str(write_pair(tmp_path))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+    subprocess.run([*launch, str(RECIPES / "distill_tinyllava.py"), "--config", config], env=environment, check=True)
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["plate"]
+    rows = [json.loads(line) for line in (tmp_path / "runs/plate/answers.jsonl").read_text().splitlines()]
+    questions = [row["id"] for row in rows if row["model"] == "teacher"]
+    assert len(set(questions)) == len(questions) == 12
+    assert [row["id"] for row in rows] == 4 * questions
