@@ -32,6 +32,8 @@ class DataConfig:
     """Images to train on; left out, all there are."""
     test_images: int | None = None
     """Images to judge on; left out, all there are."""
+    kinds: tuple[str, ...] = ("exists", "classify", "count", "locate")
+    """Kinds of question asked about images with boxes (steel, voc), each once an image."""
     image_seed: int = 0
     """Seed of the rendered images, of which images are picked, and of the questions."""
     max_length: int | None = None

@@ -37,7 +37,7 @@ def load_source(config: DataConfig) -> Source:
             steel_part(config, TRAIN_STREAM, config.train_images),
             steel_part(config, TEST_STREAM, config.test_images),
         ]
-        return _from_defects(images, CLASSES, config.image_seed)
+        return _from_defects(images, CLASSES, config)
     root, seed = config.folder(), config.image_seed
     if config.source == "voc":
         rules = {"max_bad_rate": config.max_bad_rate, "first_pixel": config.first_pixel}
@@ -47,7 +47,7 @@ def load_source(config: DataConfig) -> Source:
         classes = sorted({label for image in train for label in image.labels})
         _check_classes(test, classes, config)
         parts = [_picked(train, config.train_images, seed), _picked(test, config.test_images, seed)]
-        return _from_defects(parts, classes, seed)
+        return _from_defects(parts, classes, config)
     train = _picked(_read_file(config, "train_split", root), config.train_images, seed)
     test = _picked(_read_file(config, "test_split", root), config.test_images, seed)
     return Source(train, _questions(test, config))
@@ -60,11 +60,12 @@ def steel_part(config: DataConfig, stream: int, count: int | None) -> list[Defec
     return render_steel(count, seed=10 * config.image_seed + stream)
 
 
-def _from_defects(parts: Sequence[list[DefectImage]], classes: Sequence[str], seed: int) -> Source:
+def _from_defects(parts: Sequence[list[DefectImage]], classes: Sequence[str], config: DataConfig) -> Source:
     train, test = parts
+    seed, kinds = config.image_seed, config.kinds
     # Several turns an image share one pass of the vision tower. Judging asks each question alone.
-    turns = join_turns(to_conversations(train, classes, seed), shuffle_seed=seed)
-    return Source(turns, list(to_conversations(test, classes, seed)))
+    turns = join_turns(to_conversations(train, classes, seed, kinds=kinds), shuffle_seed=seed)
+    return Source(turns, list(to_conversations(test, classes, seed, kinds=kinds)))
 
 
 def _check_classes(test: Sequence[DefectImage], classes: Sequence[str], config: DataConfig) -> None:
