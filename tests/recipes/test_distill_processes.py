@@ -113,7 +113,10 @@ def test_the_student_runs_without_the_package(tmp_path, monkeypatch):
         assert found["answer"]
 
 
-@pytest.mark.skipif("SWITCHKD_DATA" not in os.environ, reason="SWITCHKD_DATA names no folder with neu-det")
+@pytest.mark.skipif(
+    not (Path(os.environ.get("SWITCHKD_DATA", "")) / "neu-det/annotations").is_dir(),
+    reason="NEU-DET not found: set SWITCHKD_DATA",
+)
 def test_the_neu_det_configuration_runs(tmp_path):
     config = str(RECIPES / "configs/neu_det.yaml")
     few = {
