@@ -2,41 +2,43 @@
 
     accelerate launch recipes/distill_tinyllava.py                                     the quickstart, offline, on a CPU
     accelerate launch recipes/distill_tinyllava.py --config recipes/configs/neu_det.yaml --data.root DIR
-    accelerate launch recipes/distill_tinyllava.py --name quickstart --resume true      go on after an interruption
+    accelerate launch recipes/distill_tinyllava.py --config recipes/configs/tinyllava_3b_to_0.5b.yaml --tiny
+    accelerate launch recipes/distill_tinyllava.py --name quickstart --resume           go on after an interruption
     accelerate launch recipes/distill_tinyllava.py --help                               every field
 
-Both students start from the same weights and see the same samples in the same order, for equally many steps at one
-learning rate. The blind row is the Switch-KD student with every picture replaced by an even grey one.
+Stages run one after the other, each from the student that the one before it made; a finished one is not repeated. The
+undistilled student is the last stage without the teacher: the same start, samples, order, steps and learning rate. The
+blind row is the Switch-KD student with every picture replaced by an even grey one.
 """
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
-from tqdm.auto import tqdm
-from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
-from switchkd import SupervisedMethod, SwitchKD
-from switchkd.config import RunConfig, TrainConfig, load_config, weight_fields
-from switchkd.data import ConversationDataset
-from switchkd.data.sources import load_source
-from switchkd.evaluation import answer_rows, generate_answers, score_answers
-from switchkd.evaluation.pictures import draw_located
-from switchkd.evaluation.table import results_table
+from switchkd import SupervisedMethod
+from switchkd.config import RunConfig, load_config
+from switchkd.evaluation.judge import Row, judge
 from switchkd.models import freeze, load_llava, same_inputs, shared_vocab
-from switchkd.models.students import build_student
 from switchkd.models.tiny import TEACHER
+from switchkd.rehearsal import rehearse
 from switchkd.runs import RunFolder
-from switchkd.training import DistillTrainer, part_rates, process_state, training_arguments
+from switchkd.training import process_state
 from switchkd.training.memory import keep_freed_memory
+from switchkd.training.stages import (
+    StageData,
+    build_method,
+    stages_of,
+    start_run,
+    start_student,
+    train_method,
+    train_stage,
+)
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
@@ -50,23 +52,27 @@ def main(argv: list[str] | None = None) -> Path:
     if config.threads:
         torch.set_num_threads(config.threads)
     state = process_state()
+    if config.tiny:
+        config = rehearse(config)
+    # What cannot run, a pair that cannot be switched or samples that cannot be read, ends here, before any training.
+    teacher, teacher_processor = load_teacher(config, config.teacher.path or TEACHER)
+    config = reading_as_the_teacher(config, teacher_processor)
     run = RunFolder.resume(config) if config.resume else None
-
-    source = load_source(config.data)
-    teacher, teacher_processor = load_llava(config.teacher.path or TEACHER)
-    set_seed(config.seed)
-    student, processor = build_student(config.student)
-    # A pair that cannot be switched ends here, before any training.
+    stages = stages_of(config)
+    if stages[-1].config.method is None:
+        raise ValueError(
+            "method.align and method.switch are null, nothing is distilled: recipes/train_vlm.py trains so"
+        )
+    student, processor = start_student(config, stages[-1])
     shared = shared_vocab(processor.tokenizer, teacher_processor.tokenizer)
     same_inputs(processor, teacher_processor)
-    switch_kd(config, student, teacher, shared)
-    samples = ConversationDataset(source.train, processor, config.data.max_length, config.data.max_bad_rate)
-    questions = ConversationDataset(source.test, processor, max_bad_rate=config.data.max_bad_rate).conversations
-    state.print(f"{len(samples):,} training samples, {len(questions):,} test questions")
-    if config.data.in_memory:
-        order = tqdm(range(len(samples)), desc="encoding", unit="sample", disable=not state.is_local_main_process)
-        samples = [samples[index] for index in order]
-    run = run or start_run(config)  # what cannot run has ended above and leaves no folder
+    for stage in stages:
+        freeze(student, stage.config.freeze)
+        build_method(stage.config, student, teacher, shared)
+    data = StageData(config, stages, processor)
+    questions = data.questions(config.data)
+    state.print(f"{len(questions):,} test questions")
+    run = run or start_run(config)
     state.print(f"run folder: {run.path}")
 
     teacher_path = config.teacher.path or TEACHER
@@ -74,20 +80,24 @@ def main(argv: list[str] | None = None) -> Path:
         teacher_path = run.model("teacher")
         if not teacher_path.exists():
             freeze(teacher)
-            settings = replace(config.train, steps=config.teacher.steps, lr=config.teacher.lr, encoder_lr=None)
-            train(run, "teacher", SupervisedMethod(teacher), settings, samples, teacher_processor)
-    teacher, _ = load_llava(teacher_path, torch.bfloat16 if config.train.bf16 else torch.float32)
-    models = {"teacher": teacher}
-    for stage in ("undistilled", "student"):
-        if not run.model(stage).exists():
-            set_seed(config.seed)
-            student, processor = build_student(config.student)
-            distils = stage == "student"
-            method = switch_kd(config, student, teacher, shared) if distils else SupervisedMethod(student)
-            train(run, stage, method, config.train, samples, processor)
-        models[stage], processor = load_llava(run.model(stage))
+            rates = {"lr": config.teacher.lr, "encoder_lr": None, "projector_lr": None}
+            settings = replace(config.train, steps=config.teacher.steps, **rates)
+            samples = data.samples(config.data)
+            train_method(run, "teacher", SupervisedMethod(teacher), settings, samples, teacher_processor)
+    dtype = torch.bfloat16 if config.train.bf16 else torch.float32
+    teacher, teacher_processor = load_teacher(config, teacher_path, dtype)
+    for stage in stages:
+        if not run.model(stage.name).exists():
+            train_stage(run, stage, data.samples(stage.config.data), teacher, shared)
 
-    judge(run, models, processor, questions)
+    if questions:
+        rows = [Row("teacher", teacher, teacher_processor)]
+        if config.undistilled:
+            rows.append(Row("undistilled", *load_llava(run.model("undistilled"))))
+        student = load_llava(run.model("student"))
+        judge(run, [*rows, Row("Switch-KD", *student), Row("Switch-KD, blind", *student, blank=True)], questions)
+    else:
+        state.print("data.test_split is null: nothing is judged")
     state.print(f"{(time.perf_counter() - started) / 60:.1f} minutes; everything is in {run.path}")
     return run.path
 
@@ -101,67 +111,28 @@ def read_config(argv: list[str]) -> RunConfig:
     return load_config(["--config", str(own), *argv]) if config.resume and own.is_file() else config
 
 
-def start_run(config: RunConfig) -> RunFolder:
-    """The run's folder, made by the first process and known to all."""
-    folder = [RunFolder.start(config) if PartialState().is_main_process else None]
-    return broadcast_object_list(folder)[0]
+def load_teacher(config: RunConfig, path, dtype: torch.dtype = torch.float32) -> tuple:
+    """The teacher and its processor, with the chat template that the configuration names for it."""
+    if config.teacher.made_by and not Path(path).exists():
+        raise FileNotFoundError(
+            f"teacher.path is {path}, which does not exist: make it with accelerate launch recipes/train_vlm.py "
+            f"--config {config.teacher.made_by}, or name another teacher"
+        )
+    teacher, processor = load_llava(path, dtype)
+    if config.teacher.chat_template:
+        processor.chat_template = processor.tokenizer.chat_template = config.teacher.chat_template
+    return teacher, processor
 
 
-def switch_kd(config: RunConfig, student, teacher, shared: int) -> SwitchKD:
-    return SwitchKD(student, teacher, shared_vocab=shared, **asdict(config.method))
-
-
-def train(run: RunFolder, stage: str, method, settings: TrainConfig, samples, processor) -> None:
-    """Trains one stage, from its newest checkpoint if it was interrupted, and exports its student."""
-    PartialState().print(f"training: {stage}, {settings.steps} steps")
-    trainer = DistillTrainer(
-        method,
-        training_arguments(settings, run.checkpoints(stage), seed=run.config.seed),
-        train_dataset=samples,
-        processing_class=processor,
-        part_rates=part_rates(settings),
-        run_config=weight_fields(run.config),
-        log_file=run.path / "log.jsonl",
-        log_fields={"stage": stage},
-    )
-    trainer.train(resume_from_checkpoint=True)
-    trainer.export_student(run.model(stage))
-    if trainer.is_world_process_zero():
-        shutil.rmtree(run.checkpoints(stage), ignore_errors=True)
-
-
-def judge(run: RunFolder, models: dict, processor, questions: list) -> None:
-    """Every model answers the same questions; writes results.json, answers.jsonl, table.md, boxes.png."""
-    state = PartialState()
-    rows = [("teacher", "teacher", False), ("undistilled", "undistilled", False)]
-    rows += [("Switch-KD", "student", False), ("Switch-KD, blind", "student", True)]
-    results, answers, lines = {}, {}, []
-    for name, stage, blank in rows:
-        model = models[stage].to(state.device)
-        state.print(f"judging: {name}")
-        with state.split_between_processes(questions) as part:
-            given = generate_answers(
-                model,
-                processor,
-                part,
-                blank_image=blank,
-                progress=state.is_local_main_process,
-                **asdict(run.config.judge),
-            )
-        answers[name] = gather_object(given)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        results[name] = {"parameters": parameters, **score_answers(questions, answers[name])}
-        lines += [{"model": name, **row} for row in answer_rows(questions, answers[name])]
-    if not state.is_main_process:
-        return
-    table = results_table(results)
-    run.write("results.json", results)
-    run.write("answers.jsonl", lines)
-    run.write_text("table.md", table)
-    sheet = draw_located(questions, {name: answers[name] for name, _, blank in rows if not blank})
-    if sheet is not None:
-        sheet.save(run.path / "boxes.png")
-    print(f"\n{table}")
+def reading_as_the_teacher(config: RunConfig, teacher_processor) -> RunConfig:
+    """An assembled student writes turns and keeps visual tokens as its teacher does, unless the configuration says how:
+    one encoding is read by both."""
+    student = config.student
+    if student.path or not config.teacher.path:
+        return config
+    template = student.chat_template or teacher_processor.chat_template
+    strategy = student.vision_feature_select_strategy or teacher_processor.vision_feature_select_strategy
+    return replace(config, student=replace(student, chat_template=template, vision_feature_select_strategy=strategy))
 
 
 if __name__ == "__main__":

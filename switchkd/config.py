@@ -6,10 +6,12 @@ line wins over it, and a key that is not a field is an error.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,17 +19,38 @@ import yaml
 
 
 @dataclass(frozen=True)
+class PartConfig:
+    """One more part of a mixture of training data."""
+
+    source: Literal["voc", "llava", "messages"]
+    """A folder of Pascal VOC boxes, LLaVA JSON, or messages (JSON lines or parquet)."""
+    root: str
+    """Folder of the data set (voc) or of the images (llava, messages); $VARIABLES in it are filled in."""
+    split: str
+    """Name of the split (voc), or the file of conversations (llava, messages)."""
+    weight: float = 1.0
+    """How often each conversation is seen in one epoch: 0.5 takes a random half of them, 2 takes each twice."""
+
+    def __post_init__(self):
+        if self.weight <= 0:
+            raise ValueError(f"data.mixture: the weight of {self.split} is {self.weight}, it must be above 0")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """What is trained and judged on."""
 
     source: Literal["steel", "voc", "llava", "messages"] = "steel"
-    """Rendered steel strip, a folder of Pascal VOC boxes, LLaVA JSON, or JSON lines with messages."""
+    """Rendered steel strip, a folder of Pascal VOC boxes, LLaVA JSON, or messages (JSON lines or parquet)."""
     root: str | None = None
     """Folder of the data set (voc) or of the images (llava, messages); $VARIABLES in it are filled in."""
     train_split: str = "train"
-    """Training part: name of the split (voc), or the file of conversations (llava, messages)."""
-    test_split: str = "test"
-    """Test part, named in the same way."""
+    """Training part: name of the split (voc), or the file of conversations (llava, messages; $VARIABLES in it are
+    filled in)."""
+    test_split: str | None = "test"
+    """Test part, named in the same way; null: none, and nothing is judged."""
+    mixture: tuple[PartConfig, ...] = ()
+    """Further training parts, each with source, root, split and weight."""
     train_images: int | None = None
     """Images to train on; left out, all there are."""
     test_images: int | None = None
@@ -60,12 +83,10 @@ class DataConfig:
         FileNotFoundError when it is no folder."""
         if not self.root:
             raise ValueError(f"data.source is {self.source}: give data.root, the folder of the data")
-        root = os.path.expandvars(self.root)
-        if "$" in root:
-            raise ValueError(f"data.root is {self.root} and that variable is not set: set it, or give --data.root")
-        if not Path(root).is_dir():
+        root = filled_in(self.root, "data.root")
+        if not root.is_dir():
             raise FileNotFoundError(f"data.root is {root}, which is not a folder: give --data.root")
-        return Path(root)
+        return root
 
 
 @dataclass(frozen=True)
@@ -74,6 +95,11 @@ class TeacherConfig:
 
     path: str | None = None
     """Folder or Hub name; left out, the tiny teacher of the package."""
+    made_by: str | None = None
+    """Configuration file of recipes/train_vlm.py that makes the teacher; `switchkd plan` and a rehearsal read its
+    parts while `path` does not exist yet."""
+    chat_template: str | None = None
+    """Chat template (Jinja) that the teacher was trained with, where its folder names another one or none."""
     steps: int = 0
     """Steps of supervised training on the run's data before it teaches; 0: none."""
     lr: float = 5e-4
@@ -98,8 +124,16 @@ class StudentConfig:
     vision_feature_layer: int | None = None
     """Layer of the vision tower that an assembled student's projector reads; left out, the last one of the
     package's tower and -2 of others."""
+    vision_feature_select_strategy: Literal["default", "full"] | None = None
+    """default: the first visual token is dropped (CLIP's class token; TinyLLaVA drops SigLIP's first patch too); full:
+    all are kept. Left out, as the teacher named by teacher.path does, and without one default for CLIP and full for
+    SigLIP."""
     chat_template: str | None = None
-    """Chat template (Jinja) of an assembled student; left out, the language model's own, or ChatML."""
+    """Chat template (Jinja) of an assembled student; left out, that of the teacher named by teacher.path, and without
+    one the language model's own, or ChatML."""
+    image_processor: str | None = None
+    """Folder or Hub name whose picture settings (size, crop, mean) an assembled student takes; left out, those
+    saved beside its vision tower, and where there are none a square of the tower's size."""
     freeze: tuple[str, ...] = ()
     """Parts that are not trained: vision_tower, projector, language_model."""
 
@@ -118,7 +152,7 @@ class MethodConfig:
     none."""
     switch: str | None = "dbild"
     """Divergence of the switched logits (the student's features read by the teacher) from the teacher's;
-    null: none."""
+    null: none. With both null nothing is distilled: cross entropy alone."""
     align_weight: float = 1.0
     """Weight of the align term (lambda 1 of Eq. 1)."""
     switch_weight: float = 1.0
@@ -138,16 +172,31 @@ class MethodConfig:
 class TrainConfig:
     """Optimisation, the same for every method."""
 
-    steps: int = 300
-    """Optimizer steps."""
+    steps: int | None = None
+    """Optimizer steps; left out, `epochs` passes over the samples."""
+    epochs: float = 1.0
+    """Passes over the samples where `steps` is left out."""
     batch_size: int = 16
     """Samples of one process in one micro-batch."""
     gradient_accumulation_steps: int = 1
     """Micro-batches of one optimizer step; answer tokens of all of them weigh the same."""
+    global_batch_size: int | None = None
+    """Samples of one optimizer step over all processes, whatever their number: sets the accumulation steps."""
+    group_by_length: bool = False
+    """Batches of samples of about one length, in random order: less padding where lengths differ."""
     lr: float = 1e-3
     """Peak learning rate."""
     encoder_lr: float | None = None
     """Learning rate of the student's vision tower; left out, lr."""
+    projector_lr: float | None = None
+    """Learning rate of the student's projector; left out, lr."""
+    lora_rank: int | None = None
+    """Train the language model through LoRA adapters of this rank, merged into it at the end of the stage; left out,
+    all its weights."""
+    lora_alpha: float | None = None
+    """Scale of the adapters, alpha over rank; left out, twice the rank."""
+    lora_dropout: float = 0.0
+    """Dropout before each adapter."""
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     """How the rate falls after the warm-up."""
     warmup_ratio: float = 0.03
@@ -164,6 +213,8 @@ class TrainConfig:
     """Newest checkpoints that stay on the disk."""
     data_workers: int | None = None
     """Processes that decode and encode samples beside training; left out, 4 with a GPU and 0 without."""
+    gradient_checkpointing: bool = False
+    """Recompute the student's activations in backward: less memory, more time."""
     bf16: bool = False
     """Compute in bfloat16 under autocast, with the teacher's weights in bfloat16; the student's stay in float32,
     but under DeepSpeed, which trains them in bfloat16 with float32 copies."""
@@ -171,12 +222,58 @@ class TrainConfig:
     def __post_init__(self):
         least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
         least |= {"checkpoint_every": 0, "keep_checkpoints": 1, "weight_decay": 0, "max_grad_norm": 0}
+        least |= {"global_batch_size": 1, "lora_rank": 1}
         _at_least("train", self, **least)
-        for name in ("lr", "encoder_lr"):
+        for name in ("lr", "encoder_lr", "projector_lr"):
             if (rate := getattr(self, name)) is not None and rate <= 0:
-                raise ValueError(f"train.{name} is {rate}, it must be above 0; student.freeze keeps a part as it is")
+                raise ValueError(f"train.{name} is {rate}, it must be above 0; freeze keeps a part as it is")
+        for name in ("epochs", "lora_alpha"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"train.{name} is {value}, it must be above 0")
+        if self.global_batch_size and self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"train.global_batch_size is {self.global_batch_size} and train.gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps}: keep one of them, the first decides the second"
+            )
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_dropout):
+            raise ValueError("train.lora_alpha or train.lora_dropout is given without train.lora_rank: give it too")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"train.lora_dropout is {self.lora_dropout}, it must be 0 or more and below 1")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"train.warmup_ratio is {self.warmup_ratio}, it must be 0 or more and below 1")
+
+    def settled(self, samples: int, processes: int = 1) -> TrainConfig:
+        """The same with `steps` and `gradient_accumulation_steps` as they follow from the number of `samples` of the
+        stage and of `processes`; epochs and global batch size are then spent.
+
+        Raises ValueError where the global batch size is no multiple of a micro-batch of all processes.
+        """
+        micro_batch = self.batch_size * processes
+        accumulation = self.gradient_accumulation_steps
+        if self.global_batch_size:
+            if self.global_batch_size % micro_batch:
+                raise ValueError(
+                    f"train.global_batch_size is {self.global_batch_size} but {processes} processes of "
+                    f"train.batch_size {self.batch_size} make {micro_batch} samples at once: choose a batch size that "
+                    "divides it"
+                )
+            accumulation = self.global_batch_size // micro_batch
+        steps = self.steps or max(1, math.ceil(self.epochs * samples / (micro_batch * accumulation)))
+        return replace(self, steps=steps, gradient_accumulation_steps=accumulation, global_batch_size=None)
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """A stage of training before the last one; its student is where the next stage starts."""
+
+    data: DataConfig
+    """What this stage trains on; its test part is not used."""
+    train: TrainConfig
+    """Optimisation of this stage."""
+    freeze: tuple[str, ...] = ()
+    """Parts that this stage does not train: vision_tower, projector, language_model."""
+    method: MethodConfig | None = None
+    """How this stage learns from the teacher; null: cross entropy alone."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +291,11 @@ class JudgeConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One run: data, teacher, student, method, training and judging."""
+    """One run: its stages one after the other, then judging.
+
+    `data`, `method`, `train` and `student.freeze` are the last stage's; `pretrain` and `sft` come before it where
+    they are given, each with data, train, freeze and method of its own.
+    """
 
     name: str
     """Name of the run, and of its folder in `out`."""
@@ -206,9 +307,17 @@ class RunConfig:
     """Go on with the run of this name where it was interrupted; finished stages are not repeated."""
     threads: int | None = None
     """CPU threads of torch; left out, torch's own choice. Sums, and so weights, can differ with it."""
-    data: DataConfig = field(default_factory=DataConfig)
+    tiny: bool = False
+    """Rehearse: the same stages with tiny random parts of the same kinds and a dozen samples, on any machine."""
+    undistilled: bool = True
+    """Train the last stage a second time without the teacher, the control that the table sets beside the student."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
+    pretrain: StageConfig | None = None
+    """The first stage, in LLaVA's recipe the projector alone, on captions."""
+    sft: StageConfig | None = None
+    """Supervised fine-tuning before the last stage."""
+    data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     judge: JudgeConfig = field(default_factory=JudgeConfig)
@@ -216,23 +325,41 @@ class RunConfig:
     def __post_init__(self):
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name is {self.name!r}, it must be the name of one folder")
-        if "vision_tower" in self.student.freeze and self.train.encoder_lr is not None:
-            raise ValueError(
-                f"train.encoder_lr is {self.train.encoder_lr} but student.freeze names vision_tower: drop one of them"
-            )
+        for prefix, stage in self.stages().items():
+            frozen = "student.freeze" if prefix == "" else f"{prefix}freeze"
+            for name, part in (("encoder_lr", "vision_tower"), ("projector_lr", "projector")):
+                if part in stage.freeze and (rate := getattr(stage.train, name)) is not None:
+                    raise ValueError(f"{prefix}train.{name} is {rate} but {frozen} names {part}: drop one of them")
+            if "language_model" in stage.freeze and stage.train.lora_rank:
+                raise ValueError(
+                    f"{prefix}train.lora_rank is {stage.train.lora_rank} but {frozen} names language_model: drop one "
+                    "of them"
+                )
+
+    def stages(self) -> dict[str, StageConfig]:
+        """The stages in order, by the prefix of their fields: "pretrain.", "sft." and "" for the last."""
+        method = self.method if self.method.align or self.method.switch else None
+        last = StageConfig(self.data, self.train, self.student.freeze, method)
+        stages = {"pretrain.": self.pretrain, "sft.": self.sft, "": last}
+        return {prefix: stage for prefix, stage in stages.items() if stage is not None}
 
     @property
     def folder(self) -> Path:
         """`out/name`, the run folder."""
         return Path(self.out) / self.name
 
+    @property
+    def checks(self) -> Path:
+        """Where all runs of `out` keep what their start-up checks of large data sets found."""
+        return Path(self.out) / ".checks"
+
 
 def load_config(argv: Sequence[str] | None = None, *, prog: str | None = None) -> RunConfig:
     """The configuration that command line arguments name (`sys.argv[1:]` by default).
 
     `--config FILE.yaml` reads a file, `--section.field value` sets one field; the later one wins. `--help`
-    lists the fields. What is wrong (an unknown key, another type, a missing file) is one line on stderr, exit
-    status 2.
+    lists the fields; a bare `--tiny` or `--resume` is true. What is wrong (an unknown key, another type, a missing
+    file) is one line on stderr, exit status 2.
     """
     from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
@@ -241,7 +368,7 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str | None = None) -
     parser.add_argument("--config", action="config", help="A YAML file of the fields below.")
     parser.add_class_arguments(RunConfig)
     try:
-        values = parser.parse_args(sys.argv[1:] if argv is None else list(argv))
+        values = parser.parse_args(_with_bare_flags(sys.argv[1:] if argv is None else list(argv)))
         del values["config"]
         for part in fields(RunConfig):
             if is_dataclass(part.default_factory) and not isinstance(values[part.name], Namespace):
@@ -250,6 +377,15 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str | None = None) -
     except (ArgumentError, ValueError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())} (--help lists the fields)", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _with_bare_flags(argv: list[str]) -> list[str]:
+    """`--tiny` and `--resume` without a value are given "true"."""
+    whole = []
+    for here, after in itertools.zip_longest(argv, argv[1:]):
+        bare = here in ("--tiny", "--resume") and (after is None or after.startswith("--"))
+        whole += [here, "true"] if bare else [here]
+    return whole
 
 
 def save_config(config: RunConfig, path: str | os.PathLike) -> None:
@@ -261,18 +397,37 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
 
 def weight_fields(config: RunConfig) -> dict[str, Any]:
     """The fields that decide a run's weights, by dotted name: all but names, places, judging and what is kept."""
-    free = ("data.root", "data.in_memory", "train.data_workers", "train.keep_checkpoints")
+    free = (".root", "data.in_memory", "train.data_workers", "train.keep_checkpoints")
     free += ("train.logging_steps", "train.checkpoint_every")
     flat: dict[str, Any] = {"seed": config.seed}
-    for part in ("data", "teacher", "student", "method", "train"):
-        flat |= {f"{part}.{name}": item for name, item in asdict(getattr(config, part)).items()}
-    return {name: item for name, item in flat.items() if name not in free}
+    for part in ("pretrain", "sft", "data", "teacher", "student", "method", "train"):
+        flat |= _flat(part, getattr(config, part))
+    return {name: item for name, item in flat.items() if not name.endswith(free)}
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, tuple) and any(is_dataclass(each) for each in value):
+        parts = (_flat(f"{name}.{place}", each) for place, each in enumerate(value))
+        return {key: item for part in parts for key, item in part.items()}
+    if not is_dataclass(value):
+        return {name: value}
+    parts = (_flat(f"{name}.{each.name}", getattr(value, each.name)) for each in fields(value))
+    return {key: item for part in parts for key, item in part.items()}
+
+
+def filled_in(path: str, field: str) -> Path:
+    """`path` with its $VARIABLES; ValueError naming `field` where one of them is not set."""
+    whole = os.path.expandvars(path)
+    if "$" in whole:
+        raise ValueError(f"{field} is {path} and that variable is not set: set it, or give --{field}")
+    return Path(whole)
 
 
 def _at_least(section: str, config: Any, **least: float) -> None:
     for name, smallest in least.items():
-        if getattr(config, name) < smallest:
-            raise ValueError(f"{section}.{name} is {getattr(config, name)}, it must be {smallest} or more")
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{section}.{name} is {value}, it must be {smallest} or more")
 
 
 def _plain(value: Any) -> Any:

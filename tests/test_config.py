@@ -62,7 +62,23 @@ def test_saved_config_reads_back_equal(tmp_path):
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--name", "a", "--train.lrr", "1"], "unrecognized arguments: --train.lrr"),
         (["--name", "a", "--train.lr", "fast"], "\"train.lr\": Expected a <class 'float'>. Got value: fast"),
-        (["--name", "a", "--train.steps", "1.5"], "\"train.steps\": Expected a <class 'int'>. Got value: 1.5"),
+        (
+            ["--name", "a", "--train.batch_size", "1.5"],
+            "\"train.batch_size\": Expected a <class 'int'>. Got value: 1.5",
+        ),
+        (["--name", "a", "--train.steps", "1.5"], '"train.steps": Does not validate'),
+        (["--name", "a", "--train.epochs", "0"], "train.epochs is 0.0, it must be above 0"),
+        (["--name", "a", "--train.lora_alpha", "8"], "train.lora_alpha or train.lora_dropout is given without"),
+        (
+            ["--name", "a", "--train.global_batch_size", "8", "--train.gradient_accumulation_steps", "2"],
+            "train.global_batch_size is 8 and train.gradient_accumulation_steps 2: keep one of them",
+        ),
+        (
+            ["--name", "a", "--student.freeze", "[language_model]", "--train.lora_rank", "8"],
+            "train.lora_rank is 8 but student.freeze names language_model",
+        ),
+        (["--config", "{stage}"], "sft.train.projector_lr is 0.001 but sft.freeze names projector: drop one"),
+        (["--config", "{weight}"], "data.mixture: the weight of a.json is -1.0, it must be above 0"),
         (["--name", "a", "--train.steps", "0"], "train.steps is 0, it must be 1 or more"),
         (["--name", "a", "--train.lr", "0"], "train.lr is 0.0, it must be above 0"),
         (["--name", "a", "--train.warmup_ratio", "5"], "train.warmup_ratio is 5.0, it must be 0 or more and below 1"),
@@ -86,6 +102,8 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, arguments, message):
         "top": "name: a\nnmae: b\n",
         "number": "name: a\ntrain: 3\n",
         "torn": "name: a\ntrain: [1\n",
+        "stage": "name: a\nsft:\n  data: {}\n  train: {projector_lr: 1e-3}\n  freeze: [projector]\n",
+        "weight": "name: a\ndata: {mixture: [{source: llava, root: x, split: a.json, weight: -1}]}\n",
     }
     paths = {name: write(tmp_path / f"{name}.yaml", text) for name, text in files.items()}
     with pytest.raises(SystemExit) as stop:
@@ -150,3 +168,72 @@ def test_training_arguments_follow_the_config(tmp_path):
     assert not args.logging_nan_inf_filter
     assert part_rates(config) == {}
     assert part_rates(TrainConfig(encoder_lr=1e-5)) == {"student.model.vision_tower": 1e-5}
+
+
+STAGED = """
+name: a
+pretrain:
+  freeze: [vision_tower, language_model]
+  data: {source: llava, root: $IMAGES, train_split: captions.json, test_split: null}
+  train: {lr: 1e-3, global_batch_size: 256}
+data:
+  mixture:
+    - {source: llava, root: x, split: a.json, weight: 0.5}
+train: {lora_rank: 8, lora_alpha: 16}
+"""
+
+
+def test_stages_in_order_each_with_its_own_fields(tmp_path):
+    path = write(tmp_path / "run.yaml", STAGED)
+    config = load_config(["--config", path, "--pretrain.train.lr", "2e-3", "--student.freeze", "[projector]"])
+    assert list(config.stages()) == ["pretrain.", ""]
+    first, last = config.stages().values()
+    assert first.train == TrainConfig(lr=2e-3, global_batch_size=256)
+    assert (first.freeze, first.method, first.data.test_split) == (("vision_tower", "language_model"), None, None)
+    assert (last.freeze, last.method, last.train) == (("projector",), config.method, config.train)
+    assert last.data.mixture[0].weight == 0.5
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(["--config", str(tmp_path / "saved.yaml")]) == config
+    fields_of_weights = weight_fields(config)
+    assert fields_of_weights["pretrain.train.lr"] == 2e-3
+    assert "pretrain.data.root" not in fields_of_weights
+    assert fields_of_weights["data.mixture.0.weight"] == 0.5
+    assert "data.mixture.0.root" not in fields_of_weights
+    assert fields_of_weights["sft"] is None
+
+
+def test_without_a_divergence_the_last_stage_has_no_method():
+    supervised = MethodConfig(align=None, switch=None)
+    assert RunConfig(name="a", method=supervised).stages()[""].method is None
+    assert RunConfig(name="a", method=MethodConfig(align=None)).stages()[""].method == MethodConfig(align=None)
+
+
+@pytest.mark.parametrize("flag", ["--tiny", "--resume"])
+def test_a_bare_flag_is_true(flag):
+    name = flag.removeprefix("--")
+    assert getattr(load_config(["--name", "a", flag]), name)
+    assert getattr(load_config([flag, "--name", "a"]), name)
+    assert not getattr(load_config([flag, "false", "--name", "a"]), name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "steps", "accumulation"),
+    [
+        ({"epochs": 1}, 1, 7, 1),  # 100 samples in batches of 16
+        ({"epochs": 2.5}, 1, 16, 1),
+        ({"epochs": 1, "gradient_accumulation_steps": 4}, 1, 2, 4),
+        ({"epochs": 1, "global_batch_size": 64}, 2, 2, 2),
+        ({"steps": 9, "global_batch_size": 32}, 2, 9, 1),
+    ],
+)
+def test_steps_and_accumulation_follow_from_samples_and_processes(settings, processes, steps, accumulation):
+    settled = TrainConfig(**settings).settled(100, processes)
+    assert (settled.steps, settled.gradient_accumulation_steps) == (steps, accumulation)
+    assert settled.global_batch_size is None
+
+
+def test_a_global_batch_that_the_processes_cannot_share_is_refused():
+    with pytest.raises(ValueError, match=r"global_batch_size is 40 but 2 processes of train.batch_size 16 make 32"):
+        TrainConfig(global_batch_size=40).settled(100, 2)
+    with pytest.raises(ValueError, match=r"train.steps is not known yet"):
+        training_arguments(TrainConfig(), "nowhere")

@@ -1,9 +1,8 @@
-"""Conversations about images, and the readers of LLaVA JSON and of `messages` JSON lines."""
+"""Conversations about images, and the readers of LLaVA JSON and of `messages` in JSON lines or parquet."""
 
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from typing import Any
 from PIL import Image
 
 from switchkd.data.bad_samples import keep_good
-from switchkd.data.images import check_image, inside
+from switchkd.data.images import StoredImage, check_image, inside
+from switchkd.data.parquet import ParquetImage, parquet_rows
 
 IMAGE_MARK = "<image>"
 ROLES = ("system", "user", "assistant")
@@ -29,12 +29,14 @@ class Conversation:
         "text": ...}]}, {"role": "assistant", "content": [...]}, ...]; the content is always a list.
     images: one file path or picture for each {"type": "image"}, in their order.
     kind: the kind of question ("exists", "locate", ...), for judging kind by kind; "" for none.
+    source: the file it was read from, by which bad samples are counted; "" for none.
     """
 
     id: str
     messages: list[dict]
-    images: list[Path | Image.Image]
+    images: list[Path | StoredImage | Image.Image]
     kind: str = ""
+    source: str = ""
 
     @property
     def question(self) -> str:
@@ -120,6 +122,10 @@ def read_llava(path: str | Path, image_root: str | Path, *, max_bad_rate: float 
     """The conversations of a LLaVA JSON file: a list of {"id", "image": path, list of paths or absent,
     "conversations": [{"from": "human" or "gpt", "value": "<image>\\n..."}, ...]}.
 
+    As LLaVA and TinyLLaVA do, a turn with one mark shows its image first, wherever the mark stands, and answers
+    before the first question are left out (ShareGPT's conversations in `llava_v1_5_mix665k.json`). Several marks of
+    one turn keep their places, which is ours. Other keys are ignored, and an id may come twice.
+
     The whole file is read and its structure checked (`check_messages`) before the first conversation is
     returned; image files are not opened. Image paths are relative to `image_root` and must stay inside it.
     Raises ValueError naming file and record, past `max_bad_rate` (0 to 1) bad records.
@@ -135,44 +141,44 @@ def read_llava(path: str | Path, image_root: str | Path, *, max_bad_rate: float 
     def read(numbered: tuple[int, Any]) -> Conversation:
         number, record = numbered
         where = f"{path}, record {number}"
-        turns = _field(record, "conversations", where, '{"from": ..., "value": ...}')
-        messages = []
-        for turn in turns:
+        messages: list[dict] = []
+        for turn in _field(record, "conversations", where, '{"from": ..., "value": ...}'):
             parts = [turn.get("from"), turn.get("value")] if isinstance(turn, dict) else []
             if not parts or not all(isinstance(part, str) for part in parts):
                 raise ValueError(f'{where}: a turn must be {{"from": ..., "value": "..."}}, but is {turn!r}')
-            if turn["from"] not in LLAVA_ROLES:
+            role = LLAVA_ROLES.get(turn["from"])
+            if role is None:
                 known = ", ".join(LLAVA_ROLES)
                 raise ValueError(f'{where}: unknown role {turn["from"]!r} in "from"; known roles are {known}')
-            messages.append({"role": LLAVA_ROLES[turn["from"]], "content": split_marks(turn["value"])})
+            if messages or role != "assistant":
+                messages.append({"role": role, "content": split_marks(turn["value"], one_first=True)})
         names = record.get("image") or []
         return _conversation(
-            record,
-            f"{path.stem}-{number}",
-            messages,
-            [names] if isinstance(names, str) else names,
-            image_root,
-            where,
+            record, path, number, messages, [names] if isinstance(names, str) else names, image_root, where
         )
 
     return iter(keep_good(enumerate(records), read, max_bad_rate=max_bad_rate, what=str(path)))
 
 
 def read_messages(path: str | Path, image_root: str | Path, *, max_bad_rate: float = 0.0) -> Iterator[Conversation]:
-    """The conversations of JSON lines {"id"?, "messages": [{"role", "content"}], "images": [path, ...]}.
+    """The conversations of JSON lines {"id"?, "messages": [{"role", "content"}], "images": [path, ...]}, or of
+    parquet with these columns (a `.parquet` file, or a folder of them; see `parquet_rows`).
 
     The content is text with an <image> mark for each image, or a list of {"type": "image"} and
-    {"type": "text", "text": ...}. Reads and checks as `read_llava`; raises ValueError naming file and line.
+    {"type": "text", "text": ...}. Parquet may hold pictures themselves: structs of bytes and path, as Hugging Face
+    stores them. Reads and checks as `read_llava`; raises ValueError naming file and line or row.
     """
     path = Path(path)
+    parquet = path.suffix == ".parquet" or path.is_dir()
 
-    def read(numbered: tuple[int, bytes]) -> Conversation:
-        number, line = numbered
-        where = f"{path}, line {number}"
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: is not JSON ({error}); one record a line is expected") from error
+    def read(numbered: tuple[int, Any]) -> Conversation:
+        number, record = numbered
+        where = f"{path}, {'row' if parquet else 'line'} {number}"
+        if not parquet:
+            try:
+                record = json.loads(record)
+            except ValueError as error:
+                raise ValueError(f"{where}: is not JSON ({error}); one record a line is expected") from error
         messages = []
         for message in _field(record, "messages", where, '{"role": ..., "content": ...}'):
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
@@ -181,17 +187,25 @@ def read_messages(path: str | Path, image_root: str | Path, *, max_bad_rate: flo
             if isinstance(content, str):
                 content = split_marks(content)
             messages.append({"role": message["role"], "content": content})
-        return _conversation(record, f"{path.stem}-{number}", messages, record.get("images") or [], image_root, where)
+        return _conversation(record, path, number, messages, record.get("images") or [], image_root, where)
 
+    rules = {"max_bad_rate": max_bad_rate, "what": str(path)}
+    if parquet:
+        return iter(keep_good(enumerate(parquet_rows(path)), read, **rules))
     with path.open("rb") as file:  # as bytes, so that a line that is not UTF-8 is one bad record
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
-        return iter(keep_good(lines, read, max_bad_rate=max_bad_rate, what=str(path)))
+        return iter(keep_good(lines, read, **rules))
 
 
-def split_marks(text: str) -> list[dict]:
-    """Text with <image> marks as content items; line breaks beside a mark go, the template sets its own."""
-    items: list[dict] = []
+def split_marks(text: str, *, one_first: bool = False) -> list[dict]:
+    """Text with <image> marks as content items; line breaks beside a mark go, the template sets its own.
+
+    one_first: the image of a text with a single mark comes before the text, wherever the mark stands.
+    """
     parts = text.strip().split(IMAGE_MARK)
+    if one_first and len(parts) == 2:
+        parts = ["", "".join(parts).strip()]
+    items: list[dict] = []
     for index, part in enumerate(parts):
         if index:
             items.append({"type": "image"})
@@ -231,7 +245,7 @@ def _joinable(conversation: Conversation) -> tuple | None:
     roles = [message["role"] for message in conversation.messages]
     if not conversation.images or roles != ["user", "assistant"]:
         return None
-    return tuple(id(each) if isinstance(each, Image.Image) else os.fspath(each) for each in conversation.images)
+    return tuple(id(each) if isinstance(each, Image.Image) else str(each) for each in conversation.images)
 
 
 def _field(record: Any, name: str, where: str, items: str) -> list:
@@ -246,13 +260,14 @@ def _field(record: Any, name: str, where: str, items: str) -> list:
 
 
 def _conversation(
-    record: dict, default_id: str, messages: list[dict], names: Any, image_root: str | Path, where: str
+    record: dict, path: Path, number: int, messages: list[dict], names: Any, image_root: str | Path, where: str
 ) -> Conversation:
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    if not isinstance(names, list) or not all(isinstance(name, str | ParquetImage) for name in names):
         raise ValueError(f"{where}: image paths must be text or a list of texts, but are {names!r}")
     try:
-        images = [inside(image_root, name) for name in names]
+        images = [inside(image_root, name) if isinstance(name, str) else name for name in names]
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     check_messages(messages, images, where)
-    return Conversation(str(record.get("id", default_id)), messages, images)
+    name = record.get("id")
+    return Conversation(f"{path.stem}-{number}" if name is None else str(name), messages, images, source=str(path))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import struct
+from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from PIL import Image
 
@@ -19,6 +22,7 @@ BROKEN = (
     struct.error,
     Image.DecompressionBombError,
 )
+SUFFIXES = (".jpg", ".jpeg", ".png", ".gif", ".webp")
 DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")  # more than 8 bits a channel
 ORIENTATION = 0x0112  # the EXIF tag; 1 is upright, and the others are brought upright so:
 UPRIGHT = {
@@ -32,19 +36,36 @@ UPRIGHT = {
 }
 
 
+class StoredImage(Protocol):
+    """A picture that is no file of its own, such as `switchkd.data.parquet.ParquetImage`; its text names it."""
+
+    def open(self, mode: str = "rb") -> BinaryIO: ...
+
+
 def inside(root: str | Path, name: str | Path) -> Path:
-    """The path of `name` below `root`, symlinks resolved. Raises ValueError when it leads out of `root`."""
-    root = Path(root).resolve()
-    path = (root / name).resolve()
-    if not path.is_relative_to(root):
+    """The path of `name` below `root`, symlinks resolved. Raises ValueError when it leads out of `root`.
+
+    A folder is resolved once in a process: large sets name few folders and many files.
+    """
+    top = _resolved(os.fspath(root))
+    folder, file = os.path.split(os.path.join(top, name))
+    path = os.path.join(_resolved(folder), file)
+    if file in ("", ".", "..") or os.path.islink(path):
+        path = os.path.realpath(path)
+    if not Path(path).is_relative_to(top):
         raise ValueError(
-            f"image path {str(name)!r} leads to {path}, outside its data root {root}:"
+            f"image path {str(name)!r} leads to {path}, outside its data root {top}:"
             " move the image below the root or name a root that holds it"
         )
-    return path
+    return Path(path)
 
 
-def load_image(image: str | Path | Image.Image) -> Image.Image:
+@lru_cache(maxsize=10_000)
+def _resolved(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def load_image(image: str | Path | StoredImage | Image.Image) -> Image.Image:
     """The picture in RGB, decoded and turned upright by its EXIF orientation: as people saw it when they wrote about
     it, and as `transformers.image_utils.load_image` gives it.
 
@@ -57,7 +78,7 @@ def load_image(image: str | Path | Image.Image) -> Image.Image:
     return _decode(image, image)
 
 
-def check_image(path: str | Path) -> tuple[int, int]:
+def check_image(path: str | Path | StoredImage) -> tuple[int, int]:
     """(width, height) of an image file that can be decoded.
 
     A JPEG that ends with its end mark is taken for whole (0.05 ms), a PNG whose checksums are right (0.2 ms for 700
@@ -82,14 +103,19 @@ def orientation(path: str | Path) -> int:
         return _orientation(opened)
 
 
-def _open(path: str | Path) -> Image.Image:
-    path = Path(path)
+def _open(image: str | Path | StoredImage) -> Image.Image:
     try:
+        if not isinstance(image, str | Path):
+            return Image.open(image.open("rb"))
+        path = Path(image)
         if path.is_file():
             return Image.open(path)
     except BROKEN as error:
-        raise ValueError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
-    raise FileNotFoundError(f"{path}: no such image file; correct the path or the data root")
+        raise ValueError(f"{image}: cannot be read as an image ({error}); replace or remove it") from error
+    # OCR-VQA's covers come partly as .gif, while LLaVA's files call all of them .jpg (LLaVA issues 593 and 601).
+    other = next((each for each in map(path.with_suffix, SUFFIXES) if each.is_file()), None)
+    way_out = f"rename {other.name}, which is there" if other else "correct the path or the data root"
+    raise FileNotFoundError(f"{path}: no such image file; {way_out}")
 
 
 def _decode(image: Image.Image, name: object) -> Image.Image:
@@ -124,9 +150,9 @@ def _refuse_deep(image: Image.Image, name: object) -> None:
         raise ValueError(f"{name}: has more than 8 bits a channel (mode {image.mode!r}); convert it to 8 bits first")
 
 
-def _ends_whole(path: str | Path) -> bool:
+def _ends_whole(image: str | Path | StoredImage) -> bool:
     """Whether a JPEG ends with its end mark."""
-    with Path(path).open("rb") as file:
+    with (Path(image) if isinstance(image, str) else image).open("rb") as file:
         file.seek(0, 2)
         file.seek(max(file.tell() - TAIL_BYTES, 0))
         return file.read().rstrip(b"\0\n\r").endswith(b"\xff\xd9")

@@ -26,6 +26,7 @@ from switchkd import losses
 from switchkd.losses.answers import answer_rows, answer_terms
 from switchkd.methods.terms import Terms, chunking, over_answer_tokens
 from switchkd.models import pathway
+from switchkd.models.llava import recompute_activations
 
 logger = logging.getLogger(__name__)
 
@@ -43,19 +44,21 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 class SwitchKD(nn.Module):
     """Trains `student` against a frozen `teacher` over three passes of the same answer positions.
 
-    student, teacher: LLaVA models over one vocabulary; the teacher is frozen here and kept in eval mode.
+    student, teacher: LLaVA models over one vocabulary; the teacher is frozen here and kept in eval mode. It reads what
+        the student's processor encoded, so `<image>` and padding may have other ids in it, or none.
     align, switch: the divergence of z_S and of z_switch from z_T: a name of `DIVERGENCES`, your own function
         [N, V] (student or switch logits), [N, V] (teacher logits) -> [N], or None to leave the term and its pass out.
     align_weight, switch_weight: lambda 1 and 2 of Eq. 1; 1.0 and 1.0 as reported of the paper.
     align_options, switch_options: keyword arguments of the divergence, such as {"temperature": 3.0}.
     shared_vocab: logits are cut to the first `shared_vocab` rows before a divergence sees them; None: all rows, which
-        then must be equally many. `switchkd.models.shared_vocab` finds it from the two tokenizers.
+        then must be equally many. `switchkd.models.shared_vocab` finds it from the two tokenizers. It ends before
+        `<image>` where that has other ids in student and teacher.
     gradient_checkpointing: recompute the teacher's activations on the switch pass instead of keeping them.
 
     The gradient of the switch term reaches the student's vision tower alone: projector and language model on that
     path are the teacher's. Raises ValueError where the pair cannot be switched: towers of other widths, another
-    number of visual tokens, other vocabularies, or one and the same frozen encoder in both, for which the switch
-    term would be exactly zero.
+    number of visual tokens, more shared rows than there can be, or one and the same frozen encoder in both, for which
+    the switch term would be exactly zero.
     """
 
     accepts_loss_kwargs = True
@@ -86,9 +89,7 @@ class SwitchKD(nn.Module):
         self.teacher = teacher.requires_grad_(False)
         self.gradient_checkpointing = gradient_checkpointing
         if gradient_checkpointing:
-            # Renamed in transformers 5.2x; the old name goes in v6.
-            enable = getattr(teacher, "activation_checkpointing_enable", None) or teacher.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            recompute_activations(teacher)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> SwitchKD:
@@ -117,6 +118,7 @@ class SwitchKD(nn.Module):
         `num_items_in_batch`, the answer tokens of the whole optimizer step (without it, the batch's own).
         """
         student, teacher = self.student, self.teacher
+        image_token_id = student.config.image_token_id
         if pixel_values is None:
             pixel_values = pathway.blank_pixels(student, like=input_ids)
         features = pathway.encode(student, pixel_values)
@@ -127,10 +129,13 @@ class SwitchKD(nn.Module):
         if self.align is not None or self.switch is not None:
             with torch.no_grad():
                 visual_tokens = pathway.project(teacher, pathway.encode(teacher, pixel_values))
-                hidden = pathway.decode(teacher, input_ids, attention_mask, visual_tokens)
+                hidden = pathway.decode(
+                    teacher, input_ids, attention_mask, visual_tokens, image_token_id=image_token_id
+                )
                 teacher_rows, _ = answer_rows(hidden, labels)
         if self.switch is not None:
-            hidden = pathway.decode(teacher, input_ids, attention_mask, pathway.project(teacher, features))
+            visual_tokens = pathway.project(teacher, features)
+            hidden = pathway.decode(teacher, input_ids, attention_mask, visual_tokens, image_token_id=image_token_id)
             switch_rows, _ = answer_rows(hidden, labels)
 
         sums = answer_terms(
@@ -182,19 +187,20 @@ def _shared_rows(student, teacher, shared_vocab: int | None) -> int:
                 f"the student has {rows[0]} vocabulary rows and the teacher {rows[1]}: pass shared_vocab, the number "
                 "of leading rows that mean the same token to both (switchkd.models.shared_vocab finds it)"
             )
-        return rows[0]
+        shared_vocab = rows[0]
     if not 0 < shared_vocab <= min(rows):
         raise ValueError(f"shared_vocab is {shared_vocab}; the student has {rows[0]} rows, the teacher {rows[1]}")
+    image_ids = [model.config.image_token_id for model in (student, teacher)]
+    if image_ids[0] != image_ids[1] and shared_vocab > min(image_ids):
+        raise ValueError(
+            f"the image token is {image_ids[0]} in the student and {image_ids[1]} in the teacher, so that "
+            f"{shared_vocab} leading rows cannot mean the same to both: pass shared_vocab, at most {min(image_ids)} "
+            "(switchkd.models.shared_vocab finds it)"
+        )
     return shared_vocab
 
 
 def _check_pair(student, teacher, switched: bool) -> None:
-    ids = [model.config.image_token_id for model in (student, teacher)]
-    if ids[0] != ids[1]:
-        raise ValueError(
-            f"the image token is {ids[0]} in the student and {ids[1]} in the teacher: one encoded sample is read by "
-            "both, so add <image> to both tokenizers in the same way"
-        )
     visions = [model.config.vision_config for model in (student, teacher)]
     tokens = [pathway.visual_token_count(model) for model in (student, teacher)]
     if tokens[0] != tokens[1] or visions[0].image_size != visions[1].image_size:
@@ -203,7 +209,8 @@ def _check_pair(student, teacher, switched: bool) -> None:
         ]
         raise ValueError(
             f"student and teacher must see an image as equally many visual tokens; the student has {sizes[0]}, the "
-            f"teacher {sizes[1]}: take vision towers of one image and patch size"
+            f"teacher {sizes[1]}: take vision towers of one image and patch size, and one "
+            "vision_feature_select_strategy"
         )
     widths = [_feature_width(model) for model in (student, teacher)]
     if switched and widths[0] != widths[1]:

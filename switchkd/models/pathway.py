@@ -42,14 +42,18 @@ def decode(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     visual_tokens: Tensor,
+    *,
+    image_token_id: int | None = None,
 ) -> Tensor:
     """Last hidden states of the language model, [batch, time, hidden size].
 
     `visual_tokens` [images, visual tokens, hidden size] take the places of the image tokens in `input_ids`
-    [batch, time], in order. The cache is off: positions are read all at once. Raises ValueError when the places and
-    the visual tokens differ in number.
+    [batch, time], in order. `image_token_id` marks them where another model's processor encoded the ids; None: the
+    model's own. Ids there and under `attention_mask` 0 are not looked up, so they may lie past the model's rows. The
+    cache is off: positions are read all at once. Raises ValueError when the places and the visual tokens differ in
+    number.
     """
-    places = input_ids == model.config.image_token_id
+    places = input_ids == (model.config.image_token_id if image_token_id is None else image_token_id)
     rows = visual_tokens.flatten(0, 1)
     marked = int(places.sum())
     if marked not in (0, rows.shape[0]):
@@ -59,7 +63,8 @@ def decode(
         )
     # With no image in the batch nothing is scattered, yet the tower stays in the graph: under ZeRO-3 and DDP every
     # rank must run the same modules.
-    embeddings = model.get_input_embeddings()(input_ids)
+    unread = places if attention_mask is None else places | (attention_mask == 0)
+    embeddings = model.get_input_embeddings()(input_ids.masked_fill(unread, 0))
     embeddings = embeddings.masked_scatter(places.unsqueeze(-1), rows.to(embeddings.dtype))
     return model.model.language_model(
         inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False

@@ -4,60 +4,90 @@ from __future__ import annotations
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
+    AutoProcessor,
     AutoTokenizer,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
     SiglipVisionModel,
 )
+from transformers.image_processing_utils import BaseImageProcessor
 
 from switchkd.config import StudentConfig
-from switchkd.models.llava import assemble_llava, freeze, load_llava
+from switchkd.models.llava import assemble_llava, freeze, load_llava, make_processor
+from switchkd.models.pictures import load_pictures, tower_pictures
+from switchkd.models.shapes import check_tower, feature_layer, part_config
 from switchkd.models.tiny import STUDENT_SHAPE, VISION_TOWER, tiny_text_config, tiny_tokenizer
-
-TOWERS = {
-    "siglip": SiglipVisionModel,
-    "siglip_vision_model": SiglipVisionModel,
-    "clip": CLIPVisionModel,
-    "clip_vision_model": CLIPVisionModel,
-}
 
 
 def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The student and its processor, its `config.freeze` parts frozen.
 
     All weights in float32, as they are trained. New ones (a projector, the tiny language model) follow torch's
-    seed: set it before.
+    seed: set it before. Raises ValueError where the parts do not fit together (`assemble_llava`).
     """
     if config.path:
         model, processor = load_llava(config.path)
     else:
-        tower = load_vision_tower(config.vision_tower or str(VISION_TOWER))
+        tokenizer = _tokenizer(config)
         if config.language_model:
-            tokenizer = AutoTokenizer.from_pretrained(config.language_model)
             language_model = AutoModelForCausalLM.from_pretrained(
                 config.language_model, dtype=torch.float32, use_safetensors=True
             )
         else:
-            tokenizer = tiny_tokenizer()
             language_model = Qwen2ForCausalLM(tiny_text_config(tokenizer, **STUDENT_SHAPE))
-        layer = config.vision_feature_layer
-        if layer is None:
-            layer = -2 if config.vision_tower else -1
         model, processor = assemble_llava(
-            tower, language_model, tokenizer, vision_feature_layer=layer, chat_template=config.chat_template
+            load_vision_tower(config.vision_tower or str(VISION_TOWER)),
+            language_model,
+            tokenizer,
+            vision_feature_layer=feature_layer(config),
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            chat_template=config.chat_template,
+            image_processor=_pictures(config),
         )
     freeze(model, config.freeze)
     return model, processor
 
 
+def build_processor(config: StudentConfig, *, local_files_only: bool = False) -> LlavaProcessor:
+    """The processor that `build_student` gives, without any weight.
+
+    local_files_only: nothing is asked of the Hub; OSError where a file is not on this disk.
+    """
+    if config.path:
+        return AutoProcessor.from_pretrained(config.path, local_files_only=local_files_only)
+    return make_processor(
+        part_config(config.vision_tower or str(VISION_TOWER)),
+        _tokenizer(config, local_files_only=local_files_only),
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template=config.chat_template,
+        image_processor=_pictures(config, local_files_only=local_files_only),
+    )
+
+
+def _tokenizer(config: StudentConfig, **options) -> PreTrainedTokenizerBase:
+    return (
+        AutoTokenizer.from_pretrained(config.language_model, **options) if config.language_model else tiny_tokenizer()
+    )
+
+
+def _pictures(config: StudentConfig, **options) -> BaseImageProcessor | None:
+    """As `config.image_processor` says, else as the settings beside the vision tower do, else None."""
+    if config.image_processor:
+        return load_pictures(config.image_processor, "student.image_processor", **options)
+    return tower_pictures(config.vision_tower or str(VISION_TOWER), **options)
+
+
 def load_vision_tower(path: str) -> PreTrainedModel:
-    """A SigLIP or CLIP vision tower from a folder or Hub name, of its own or inside a whole SigLIP or CLIP model."""
-    kind = AutoConfig.from_pretrained(path).model_type
-    if kind not in TOWERS:
-        raise ValueError(f"student.vision_tower {path} is of type {kind!r}: known are {', '.join(TOWERS)}")
-    return TOWERS[kind].from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    """A SigLIP or CLIP vision tower from a folder or Hub name, of its own or inside a whole SigLIP or CLIP model.
+
+    Raises FileNotFoundError for a folder without config.json and ValueError for another type of model.
+    """
+    vision = part_config(path)
+    check_tower(vision, f"student.vision_tower {path}")
+    tower = CLIPVisionModel if vision.model_type == "clip_vision_model" else SiglipVisionModel
+    return tower.from_pretrained(path, dtype=torch.float32, use_safetensors=True)

@@ -1,11 +1,11 @@
-"""The offline pair: a tokenizer made from the package's own text, small configs, and the shipped weights."""
+"""The offline pair: tokenizers made from the package's own text, small configs, and the shipped weights."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -34,6 +34,15 @@ CHAT_TEMPLATE = (
     "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
     "{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# LLaVA 1.5's turns. An answer begins with its space and ends in </s>.
+LLAMA_CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if not loop.first %} {% endif %}"
+    "{% if m['role'] != 'system' %}{{ m['role'] | upper }}: {% endif %}"
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}"
+    "{% endif %}{% if m['role'] == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
 )
 
 
@@ -64,6 +73,36 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
         pad_token="<|endoftext|>",
         padding_side="left",
         extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+def tiny_llama_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of the Llama kind, learnt from the same text: BPE over `▁` for spaces, and bytes where a character
+    has no row; `<unk>`, `<s>` before each text, `</s>`, no `<image>` and no padding token."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=1024,
+        min_frequency=2,
+        special_tokens=["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_corpus(), trainer)
+    # The trainer keeps the bytes' rows only as special tokens; they are words, which decoding must not skip.
+    written = json.loads(tokenizer.to_str())
+    written["added_tokens"] = written["added_tokens"][:3]
+    tokenizer = Tokenizer.from_str(json.dumps(written))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        chat_template=LLAMA_CHAT_TEMPLATE,
     )
 
 

@@ -35,12 +35,14 @@ def training_arguments(
     config: TrainConfig, output_dir: str | os.PathLike, *, seed: int = 0, **overrides: Any
 ) -> TrainingArguments:
     """`TrainingArguments` of one run, checkpoints in `output_dir`; `overrides` go to `TrainingArguments` as
-    they are.
+    they are. `config` has its steps (`TrainConfig.settled`).
 
     Trainer sets `seed` only when it is built: call `transformers.set_seed(seed)` before building a model that
     starts from random weights. Where torch sees no accelerator, or ACCELERATE_USE_CPU is set, the run is on the
     CPU: torchrun then gives DDP over gloo, and a DeepSpeed launch works too.
     """
+    if config.steps is None or config.global_batch_size:
+        raise ValueError("train.steps is not known yet: pass config.settled(samples, processes)")
     cpu = on_cpu()
     if cpu and (overrides.get("deepspeed") or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")):
         # Without a gloo group made first, DeepSpeed sees all ranks and Trainer sees one: the same data on
@@ -79,7 +81,8 @@ def training_arguments(
 
 def part_rates(config: TrainConfig) -> dict[str, float]:
     """Learning rates of the parts that have their own: parameter name prefix -> rate."""
-    return {} if config.encoder_lr is None else {"student.model.vision_tower": config.encoder_lr}
+    rates = {"vision_tower": config.encoder_lr, "multi_modal_projector": config.projector_lr}
+    return {f"student.model.{part}": rate for part, rate in rates.items() if rate is not None}
 
 
 def deciding_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from switchkd.methods.terms import Terms
 from switchkd.training import checkpoints
 from switchkd.training.arguments import check_arguments, deciding_arguments
 from switchkd.training.logs import StepLog, TermsBar
+from switchkd.training.order import LengthGrouped, sample_lengths
 
 
 class DistillTrainer(Trainer):
@@ -45,6 +46,7 @@ class DistillTrainer(Trainer):
     data_collator: leaves `labels[:, 0] == -100`; by default `switchkd.data.encoding.Collator`.
     part_rates: learning rates by parameter name prefix ("student.model.vision_tower"); the longest prefix
         wins, the rest trains at `args.learning_rate`. The logged learning rate is the rest's.
+    group_by_length: batches of samples of about one length (`switchkd.training.order`) instead of a plain shuffle.
     run_config: the run's configuration, flat or nested; a resume under another one is refused.
     log_file: where the records of each log go, `log.jsonl` in `args.output_dir` by default.
     log_fields: written into each record, so that runs can share a log file.
@@ -62,6 +64,7 @@ class DistillTrainer(Trainer):
         *,
         data_collator: Callable[[list], dict[str, Tensor]] | None = None,
         part_rates: Mapping[str, float] | None = None,
+        group_by_length: bool = False,
         run_config: Mapping[str, Any] | None = None,
         log_file: str | os.PathLike | None = None,
         log_fields: Mapping[str, Any] | None = None,
@@ -82,6 +85,7 @@ class DistillTrainer(Trainer):
         )
         self.method = method
         self.part_rates = dict(part_rates or {})
+        self.group_by_length = group_by_length
         self.run_config = dict(run_config or {})
         self.step_log = StepLog(Path(log_file or Path(args.output_dir) / "log.jsonl"), log_fields or {})
         self.add_callback(self.step_log)
@@ -171,6 +175,13 @@ class DistillTrainer(Trainer):
             if parameters
         ]
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
+        if not self.group_by_length:
+            return super()._get_train_sampler(train_dataset)
+        arguments = self.args
+        together = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+        return LengthGrouped(sample_lengths(self.train_dataset), together, arguments.seed)
+
     # ---- Checkpoints
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **options: Any):
@@ -216,7 +227,11 @@ class DistillTrainer(Trainer):
         return {
             "config": self.run_config,
             "arguments": {"distribution": self._distribution(), **deciding_arguments(self.args)},
-            "parts": {"rates": self.part_rates, "method": type(self.method).__name__},
+            "parts": {
+                "rates": self.part_rates,
+                "method": type(self.method).__name__,
+                "group_by_length": self.group_by_length,
+            },
             **self._data_identity,
         }
 

@@ -3,6 +3,7 @@ import torch
 from talks import STRICT, TURNS, talk, with_template
 
 from switchkd.data import Conversation, ConversationDataset, encode
+from switchkd.data.sample_check import SampleCheck
 
 
 def test_the_share_of_what_the_template_refuses_is_skipped(processor, caplog):
@@ -46,21 +47,23 @@ def test_dataset_stops_when_max_length_leaves_no_supervision(processor, images):
 def test_the_check_and_encode_agree_on_every_length(processor, images):
     conversation = talk(*TURNS, images=images)
     whole = len(encode(conversation, processor)["input_ids"])
-    dataset = ConversationDataset([conversation], processor, max_bad_rate=0)
     verdicts = []
-    for dataset.max_length in range(1, whole + 1):
+    for max_length in range(1, whole + 1):
         said = []
         for judge in (
-            lambda: encode(conversation, processor, dataset.max_length),
-            lambda: dataset._check(conversation),
+            lambda length=max_length: encode(conversation, processor, length),
+            lambda length=max_length: SampleCheck(processor, length)(conversation),
         ):
             try:
-                judge()
+                found = judge()
                 said.append("")
             except ValueError as error:
                 said.append(str(error))
         assert said[0] == said[1]
         verdicts.append(bool(said[0]))
+        if not said[0]:
+            labels = encode(conversation, processor, max_length)["labels"]
+            assert found == (len(labels), int((labels != -100).sum()), max_length < whole, "", False)
     assert verdicts == sorted(verdicts, reverse=True)
     assert set(verdicts) == {True, False}
 

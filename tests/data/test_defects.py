@@ -209,7 +209,7 @@ def test_bad_images_are_skipped_up_to_the_stated_rate(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"1 of 10 samples are bad \(10\.0%\), more than max_bad_rate=0\.05"):
         read_defects(tmp_path, max_bad_rate=0.05)
     assert len(list(read_defects(tmp_path, max_bad_rate=0.1))) == 9
-    assert re.search(r"skipped 1 bad samples of 10\. First reasons: .*a_4\.xml", caplog.text)
+    assert re.search(r"skipped 1 bad samples of 10: 0 missing .*\. First reasons: .*a_4\.xml", caplog.text)
     with pytest.raises(ValueError, match="max_bad_rate=3 must lie between 0 and 1"):
         read_defects(tmp_path, max_bad_rate=3)
 

@@ -45,8 +45,9 @@ def test_labels_are_the_answers_and_their_end_tokens(processor, conversation):
     assert sample["sample_id"] == "c"
 
 
-def test_ids_and_pixels_are_the_processors_own(processor):
-    conversation = talk(*TURNS, images=2)
+@pytest.mark.parametrize("turns", [6, 3])  # ends in an answer, in a question
+def test_ids_and_pixels_are_the_processors_own(processor, turns):
+    conversation = talk(*TURNS[:turns], images=2)
     sample = encode(conversation, processor)
     text = processor.apply_chat_template(conversation.messages)
     own = processor(text=[text], images=conversation.images, return_tensors="pt")

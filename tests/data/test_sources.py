@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from switchkd.config import DataConfig
+from switchkd.config import DataConfig, PartConfig
+from switchkd.data.instruct import shown
 from switchkd.data.sources import load_source
+from switchkd.data.steel import CLASSES
 
 STEEL = DataConfig(train_images=12, test_images=12)
 
@@ -271,3 +273,110 @@ def test_missing_and_empty_files(tmp_path, source, record):
     write_file(tmp_path, source, train_split=[])
     with pytest.raises(ValueError, match=r"data\.train_split: .*train_split holds no conversation"):
         load_source(config)
+
+
+@FORMS
+def test_files_by_variable(tmp_path, monkeypatch, source, record):
+    config = write_file(tmp_path, source, train_split=[record(0)], test_split=[record(1)])
+    monkeypatch.setenv("PLATES", str(tmp_path))
+    named = replace(config, root="$PLATES", train_split="$PLATES/train_split", test_split="${PLATES}/test_split")
+    assert load_source(named) == load_source(config)
+    monkeypatch.delenv("PLATES")
+    with pytest.raises(ValueError, match=r"data\.train_split is \$PLATES/train_split and that variable is not set"):
+        load_source(replace(named, root=str(tmp_path)))
+
+
+@FORMS
+def test_without_a_test_split_nothing_is_judged(tmp_path, source, record):
+    config = write_file(tmp_path, source, train_split=[record(0)])
+    found = load_source(replace(config, test_split=None))
+    assert ([each.id for each in found.train], found.test) == (["0"], [])
+
+
+def test_steel_and_voc_without_a_test_split(tmp_path):
+    steel = replace(STEEL, train_images=3)
+    assert texts(load_source(replace(steel, test_split=None)).train) == texts(load_source(steel).train)
+    assert load_source(replace(steel, test_split=None, test_images=None)).test == []
+    voc = replace(write_voc(tmp_path, train=["a"]), test_split=None)
+    assert [len(part) for part in vars(load_source(voc)).values()] == [1, 0]
+
+
+# ---- Mixtures
+
+
+def mixed(tmp_path, *weights, **changes):
+    """A LLaVA main part of ids 0 to 3, and a messages part of ids 10 to 19 for each weight."""
+    parts = {"train_split": list(map(llava_record, range(4))), "test_split": [llava_record(9)]}
+    config = write_file(tmp_path, "llava", **parts)
+    more = tmp_path / "more.jsonl"
+    more.write_text("\n".join(json.dumps(messages_record(number)) for number in range(10, 20)))
+    mixture = tuple(PartConfig("messages", str(tmp_path), str(more), weight) for weight in weights)
+    return replace(config, mixture=mixture, **changes)
+
+
+def ids_of_parts(conversations):
+    return [int(each.id) for each in conversations if int(each.id) >= 10]
+
+
+@pytest.mark.parametrize(("weight", "least", "most"), [(1, 1, 1), (2, 2, 2), (0.5, 0, 1), (1.5, 1, 2), (0.01, 0, 1)])
+def test_the_weight_says_how_often_a_conversation_is_seen(tmp_path, weight, least, most):
+    source = load_source(mixed(tmp_path, weight))
+    assert [each.id for each in source.train[:4]] == ["0", "1", "2", "3"]
+    assert [each.id for each in source.test] == ["9"]
+    seen = Counter(ids_of_parts(source.train))
+    assert sum(seen.values()) == max(round(10 * weight), 1)
+    assert {seen[number] for number in range(10, 20)} == {least, most}
+
+
+def test_what_a_weight_picks_follows_the_seed_and_the_part(tmp_path):
+    picked = ids_of_parts(load_source(mixed(tmp_path, 0.5, 0.5)).train)
+    assert picked == ids_of_parts(load_source(mixed(tmp_path, 0.5, 0.5)).train)
+    first, second = picked[:5], picked[5:]
+    assert first == sorted(first)
+    assert first != second
+    assert picked != ids_of_parts(load_source(mixed(tmp_path, 0.5, 0.5, image_seed=1)).train)
+
+
+def test_train_images_are_of_the_main_part_alone(tmp_path):
+    ids = [int(each.id) for each in load_source(mixed(tmp_path, 1, train_images=2)).train]
+    assert len(ids) == 12
+    assert sum(number < 10 for number in ids) == 2
+
+
+def test_a_voc_part_asks_for_its_own_classes(tmp_path):
+    (tmp_path / "voc").mkdir()
+    write_voc(tmp_path / "voc", all=["rust", "dent"] * 4)
+    part = PartConfig("voc", str(tmp_path / "voc"), "all", 2)
+    source = load_source(replace(STEEL, train_images=2, test_images=1, mixture=(part,), kinds=("classify", "count")))
+    added = source.train[2:]
+    assert Counter(each.id for each in added) == dict.fromkeys({each.id for each in added}, 2)
+    assert len(added) == 16
+    said = {message["content"][-1]["text"] for each in added for message in each.messages}
+    assert {"rust", "dent"} <= said
+    assert not any(shown(name) in text for text in said for name in CLASSES)
+    assert {len(each.messages) for each in source.train} == {4}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"root": "$NOWHERE"}, ValueError, r"data\.mixture\[1\]\.root is \$NOWHERE and that variable is not set"),
+        ({"root": "nowhere"}, FileNotFoundError, r"data\.mixture\[1\]\.root is nowhere, which is not a folder"),
+        ({"split": "no.jsonl"}, FileNotFoundError, r"data\.mixture\[1\]\.split is no\.jsonl, which is not a file"),
+        ({"source": "llava"}, ValueError, r"more\.jsonl: is not JSON .*read_messages"),
+        ({"source": "voc"}, ValueError, "no known layout of labels"),
+    ],
+)
+def test_a_part_that_cannot_be_read_is_named(tmp_path, change, error, message):
+    config = mixed(tmp_path, 1, 1)
+    config = replace(config, mixture=(config.mixture[0], replace(config.mixture[1], **change)))
+    with pytest.raises(error, match=message):
+        load_source(config)
+
+
+def test_bad_records_of_a_part_are_counted_with_its_file(tmp_path, caplog):
+    config = mixed(tmp_path, 1, max_bad_rate=0.1)
+    more = tmp_path / "more.jsonl"
+    more.write_text(more.read_text().replace('"content": "yes"', '"content": ""', 1))
+    assert len(load_source(config).train) == 13
+    assert "more.jsonl: skipped 1 bad samples of 10: 0 missing files, 1 other faults" in caplog.text

@@ -220,3 +220,59 @@ def test_other_vocabulary_rows_need_the_shared_number(student, teacher, batch):
     z_t = answer_logits(teacher, batch)[:, :rows]
     expected = losses.dbild_loss(answer_logits(student, batch), z_t).mean()
     assert method(**batch).named["align"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_image_and_padding_ids_of_the_student_alone(student, teacher, batch):
+    """The same pair and samples twice: ids that both know, and ids past the teacher's rows."""
+    rows = teacher.config.text_config.vocab_size
+    image, pad = student.config.image_token_id, rows + 5
+    for model in (student, teacher):  # the image row comes last, so that all rows before it are shared
+        model.config.image_token_id = rows - 1
+    for name in ("input_ids", "labels"):
+        batch[name][batch[name] == rows - 1] = 5
+    batch["input_ids"][batch["input_ids"] == image] = rows - 1
+    student.resize_token_embeddings(rows + 8)
+    student.config.text_config.vocab_size = rows + 8
+
+    def run():
+        student.zero_grad()
+        terms = SwitchKD(student, teacher, shared_vocab=rows - 1)(**batch)
+        terms.loss.backward()
+        gradients = {
+            name: weight.grad.clone() for name, weight in student.named_parameters() if weight.grad is not None
+        }
+        return terms.named, gradients
+
+    expected, expected_gradients = run()
+    student.config.image_token_id = rows + 7
+    batch["input_ids"][batch["input_ids"] == rows - 1] = rows + 7
+    batch["input_ids"][batch["attention_mask"] == 0] = pad
+    assert (batch["input_ids"] == pad).any()
+    terms, gradients = run()
+    assert terms == expected
+    assert all(torch.equal(gradients[name], expected_gradients[name]) for name in expected_gradients)
+
+
+def test_shared_rows_end_before_an_image_token_of_two_ids(student, teacher):
+    rows = teacher.config.text_config.vocab_size
+    student.config.image_token_id, teacher.config.image_token_id = 20, 30
+    said = f"image token is 20 in the student and 30 in the teacher, so that {rows} leading rows .* at most 20"
+    with pytest.raises(ValueError, match=said):
+        SwitchKD(student, teacher)
+    with pytest.raises(ValueError, match="so that 21 leading rows"):
+        SwitchKD(student, teacher, shared_vocab=21)
+    assert SwitchKD(student, teacher, shared_vocab=20).shared_vocab == 20
+
+
+def test_heads_of_qwens_two_sizes(batch):
+    """151,936 rows in the small Qwen2.5 models, 152,064 in the 7B: the tokens are the same."""
+    shape = {"layers": 1, "vision_hidden": 8, "vision_layers": 1, "image_size": 32, "patch_size": 8}
+    student, teacher = (random_llava(hidden=8, **shape) for _ in range(2))
+    for model, rows in ((student, 151_936), (teacher, 152_064)):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        model.config.text_config.vocab_size = rows
+    with pytest.raises(ValueError, match="student has 151936 vocabulary rows and the teacher 152064"):
+        SwitchKD(student, teacher)
+    terms = SwitchKD(student, teacher, shared_vocab=151_665)(**batch)
+    expected = losses.dbild_loss(*(answer_logits(model, batch)[:, :151_665] for model in (student, teacher))).mean()
+    assert terms.named["align"].item() == pytest.approx(expected.item(), rel=1e-4)

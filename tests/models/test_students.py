@@ -12,6 +12,7 @@ from transformers import (
     CLIPTextConfig,
     CLIPVisionConfig,
     Qwen2ForCausalLM,
+    Siglip2Config,
     SiglipConfig,
     SiglipModel,
     SiglipTextConfig,
@@ -151,7 +152,11 @@ def test_the_tower_inside_a_whole_model(tmp_path, whole):
 
 def test_a_tower_of_another_type(tmp_path):
     BertConfig(**SHAPE).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"student\.vision_tower .* is of type 'bert': known are siglip, siglip_vision"
-    ):
+    with pytest.raises(ValueError, match=r"student\.vision_tower .* is of type 'bert': known are siglip_vision_model"):
+        load_vision_tower(str(tmp_path))
+
+
+def test_packed_patches_are_refused(tmp_path):
+    Siglip2Config(vision_config=SHAPE, text_config={**SHAPE, "vocab_size": 9}).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"student\.vision_tower .* 'siglip2_vision_model', the NaFlex kind, .*take a"):
         load_vision_tower(str(tmp_path))

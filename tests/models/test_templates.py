@@ -153,7 +153,7 @@ def test_a_given_template_must_take_images(broken):
         assemble(qwen(), chat_template=broken)
 
 
-def test_a_given_template_is_used():
+def test_a_given_template_is_used(tmp_path):
     model, processor = assemble(llama(), chat_template=LLAMA_IMAGES)
     sample = encode(two_turns(), processor)
     labels = sample["labels"]
@@ -161,6 +161,9 @@ def test_a_given_template_is_used():
     ids = sample["input_ids"].tolist()
     assert ids.count(processor.tokenizer.bos_token_id) == 1
     assert processor.tokenizer.convert_tokens_to_ids("<|eot_id|>") in ends(model)
+    processor.save_pretrained(tmp_path)
+    for kept in (processor, AutoProcessor.from_pretrained(tmp_path)):
+        assert kept.chat_template == kept.tokenizer.chat_template == LLAMA_IMAGES
 
 
 def test_special_tokens_stay_special(tmp_path):

@@ -19,9 +19,9 @@ SCRIPT = RECIPES / "distill_tinyllava.py"
 VISION = {"image_size": 32, "patch_size": 8}
 
 
-def load_recipe():
-    """The recipe as a fresh module."""
-    spec = importlib.util.spec_from_file_location("distill_tinyllava", SCRIPT)
+def load_recipe(name: str = "distill_tinyllava"):
+    """A recipe as a fresh module."""
+    spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

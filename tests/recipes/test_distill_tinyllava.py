@@ -7,14 +7,15 @@ import hashlib
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from recipe_run import load_recipe, write_pair
-from transformers import AddedToken, SiglipVisionModel
+from transformers import SiglipVisionModel
 
 from switchkd.config import load_config
+from switchkd.evaluation import judge
 from switchkd.models import load_llava
-from switchkd.models.tiny import tiny_processor
 
 ROWS = ["teacher", "undistilled", "Switch-KD", "Switch-KD, blind"]
 
@@ -30,14 +31,14 @@ def done(tmp_path_factory):
     config = write_pair(folder)
     teacher = hashes(folder / "pair/teacher")
     recipe, blind = load_recipe(), []
-    generate = recipe.generate_answers
+    generate = judge.generate_answers
 
     def spy(*given, blank_image, **options):
         blind.append(blank_image)
         return generate(*given, blank_image=blank_image, **options)
 
-    recipe.generate_answers = spy
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(judge, "generate_answers", spy)
         run = recipe.main(["--config", str(config)])
     assert blind == [False, False, False, True]
     return run, config, printed.getvalue(), teacher
@@ -57,7 +58,10 @@ def test_the_run_folder(done):
     files = {"config.yaml", "log.jsonl", "results.json", "answers.jsonl", "table.md", "boxes.png"}
     assert {path.name for path in run.iterdir()} == files | {"undistilled", "student", "checkpoints"}
     assert list((run / "checkpoints").iterdir()) == []
-    assert load_config(["--config", str(run / "config.yaml")]) == load_config(["--config", str(config)])
+    given, kept = (load_config(["--config", str(path)]) for path in (config, run / "config.yaml"))
+    assert kept.student.chat_template == load_llava(given.teacher.path)[1].chat_template
+    as_teacher = {"chat_template": kept.student.chat_template, "vision_feature_select_strategy": "full"}
+    assert kept == replace(given, student=replace(given.student, **as_teacher))
     assert hashes(config.parent / "pair/teacher") == teacher
     assert (run / "boxes.png").read_bytes().startswith(b"\x89PNG")
 
@@ -107,8 +111,13 @@ def test_resume_repeats_what_is_missing_and_nothing_else(done, recipe, monkeypat
     before = hashes(run / "student")
     undistilled = {path.name: path.stat().st_mtime_ns for path in (run / "undistilled").iterdir()}
     shutil.rmtree(run / "student")
-    train, stages = recipe.train, []
-    monkeypatch.setattr(recipe, "train", lambda run, stage, *rest: (stages.append(stage), train(run, stage, *rest)))
+    train, stages = recipe.train_stage, []
+
+    def spy(run, stage, *rest):
+        stages.append(stage.name)
+        train(run, stage, *rest)
+
+    monkeypatch.setattr(recipe, "train_stage", spy)
     # Without --config it goes on under the run's own configuration.
     assert recipe.main(["--out", str(run.parent), "--name", run.name, "--resume", "true"]) == run
     assert stages == ["student"]
@@ -141,7 +150,7 @@ def test_the_teacher_trains_first_where_it_is_told_to(tmp_path, recipe):
 def refused(tmp_path, recipe, monkeypatch):
     """Runs the recipe, which must stop before any training and leave no folder; the error."""
     config = write_pair(tmp_path)
-    monkeypatch.setattr(recipe, "train", lambda *_: pytest.fail("the training began"))
+    monkeypatch.setattr(recipe, "train_stage", lambda *_: pytest.fail("the training began"))
 
     def run(*arguments, error=ValueError):
         with pytest.raises(error) as stop:
@@ -160,12 +169,15 @@ def test_an_unknown_key(refused, capsys):
 
 
 def test_a_teacher_of_another_tokenizer(tmp_path, refused):
-    processor = tiny_processor(image_size=32, patch_size=8)
-    processor.tokenizer.add_tokens([AddedToken("slag")])
-    processor.save_pretrained(tmp_path / "pair/teacher")
+    path = tmp_path / "pair/teacher/tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    path.write_text(json.dumps(tokenizer))
     message = refused()
     assert "the tokenizers of student" in message
-    assert "'slag' has id None in the student and 413 in the teacher; distil between models of one voc" in message
+    assert f"'a' has id {vocab['b']} in the student and {vocab['a']} in the teacher" in message
+    assert "distil between models of one voc" in message
 
 
 def test_a_frozen_tower_equal_to_the_teachers(tmp_path, refused):

@@ -280,13 +280,13 @@ def test_fsdp_is_refused_with_what_there_is_instead(tmp_path):
 def test_cpu_can_be_chosen_where_there_is_an_accelerator(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    args = training_arguments(TrainConfig(), tmp_path)
+    args = training_arguments(TrainConfig(steps=3), tmp_path)
     assert args.use_cpu
     assert args.device == torch.device("cpu")
     assert not args.dataloader_pin_memory
     assert process_state().device == torch.device("cpu")
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
-    assert not training_arguments(TrainConfig(), tmp_path).use_cpu
+    assert not training_arguments(TrainConfig(steps=3), tmp_path).use_cpu
 
 
 @pytest.mark.parametrize(
@@ -294,5 +294,5 @@ def test_cpu_can_be_chosen_where_there_is_an_accelerator(tmp_path, monkeypatch):
 )
 def test_processes_that_read_data(tmp_path, monkeypatch, accelerator, asked, workers):
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
-    args = training_arguments(TrainConfig(data_workers=asked), tmp_path)
+    args = training_arguments(TrainConfig(steps=3, data_workers=asked), tmp_path)
     assert args.dataloader_num_workers == workers

@@ -103,6 +103,10 @@ class ToyData(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.count
 
+    @property
+    def lengths(self) -> list[int]:
+        return [len(self[index]["input_ids"]) for index in range(self.count)]
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if index >= self.count:
             raise IndexError(index)
@@ -138,6 +142,7 @@ def toy_trainer(out, *, samples=12, callbacks=(), trainer=DistillTrainer, dropou
     config |= {name: settings.pop(name) for name in list(settings) if name in TrainConfig.__dataclass_fields__}
     names = ("part_rates", "run_config", "processing_class", "log_file", "log_fields")
     to_trainer = {name: settings.pop(name) for name in names if name in settings}
+    to_trainer["group_by_length"] = config.get("group_by_length", False)
     args = training_arguments(TrainConfig(**config), out, **{"disable_tqdm": True, **settings})
     return trainer(method, args, ToyData(samples), data_collator=toy_collate, callbacks=list(callbacks), **to_trainer)
 

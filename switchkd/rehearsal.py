@@ -1,0 +1,175 @@
+"""Rehearsal of a run: its own stages and settings on tiny random parts of the same kinds and a dozen samples.
+
+What a configuration would do on a cluster is done here in a minute on any machine, without the network: the same
+classes, tokenizer family, freezing, LoRA, accumulation, checkpoints and exports. Its results mean nothing.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPImageProcessorPil,
+    CLIPVisionModel,
+    LlavaConfig,
+    PreTrainedConfig,
+    SiglipImageProcessorPil,
+    SiglipVisionModel,
+)
+
+from switchkd.config import DataConfig, JudgeConfig, PartConfig, RunConfig, StageConfig, StudentConfig, TrainConfig
+from switchkd.data.sample_llava import CAPTIONS, INSTRUCTIONS, write_llava_sample
+from switchkd.models import assemble_llava
+from switchkd.models.shapes import part_config, student_config, teacher_config
+from switchkd.models.tiny import tiny_llama_tokenizer, tiny_tokenizer
+
+SAMPLES = 12
+SIDE, PATCH = 32, 8  # pictures of 16 visual tokens
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+STUDENT_WIDTH, TEACHER_WIDTH = 32, 48
+
+
+def rehearse(config: RunConfig) -> RunConfig:
+    """The configuration `NAME-tiny` of the rehearsal; its parts and samples are written to `out/.NAME-tiny`.
+
+    Random weights follow the part's name, so that a tower that student and teacher share is shared here too. A second
+    call writes the same parts and gives an equal configuration: a rehearsal resumes as its run would. Only LLaVA data
+    is replaced by samples of the package; of other sources the first dozen is taken. Raises as the configuration's own
+    parts do, where their kind cannot be found out.
+    """
+    folder = Path(config.out) / f".{config.name}-tiny"
+    write_llava_sample(folder / "data")
+    stages = {prefix: _tiny_stage(stage, folder / "data") for prefix, stage in config.stages().items()}
+    last = stages[""]
+    teacher = config.teacher
+    if teacher.path:
+        path = folder / "teacher"
+        template = teacher.chat_template or config.student.chat_template
+        _write_llava(teacher_config(teacher), TEACHER_WIDTH, template, path)
+        teacher = replace(teacher, path=str(path), made_by=None, steps=min(teacher.steps, 2))
+    return replace(
+        config,
+        name=f"{config.name}-tiny",
+        tiny=False,
+        teacher=teacher,
+        student=_tiny_student(config.student, folder),
+        pretrain=stages.get("pretrain."),
+        sft=stages.get("sft."),
+        data=last.data,
+        train=last.train,
+        judge=JudgeConfig(batch_size=4, max_new_tokens=8),
+    )
+
+
+def _tiny_student(student: StudentConfig, folder: Path) -> StudentConfig:
+    if student.path:
+        _write_llava(student_config(student), STUDENT_WIDTH, student.chat_template, folder / "student")
+        return replace(student, path=str(folder / "student"))
+    parts = {}
+    if student.vision_tower:
+        shape = part_config(student.vision_tower)
+        tower = _tower(getattr(shape, "vision_config", shape))
+        tower.save_pretrained(folder / "vision_tower")
+        _picture_settings(tower).save_pretrained(folder / "vision_tower")
+        parts |= {"vision_tower": str(folder / "vision_tower"), "image_processor": None}
+    if student.language_model:
+        model, tokenizer = _language_model(part_config(student.language_model), STUDENT_WIDTH)
+        model.save_pretrained(folder / "language_model")
+        tokenizer.save_pretrained(folder / "language_model")
+        parts["language_model"] = str(folder / "language_model")
+    return replace(student, **parts)
+
+
+def _write_llava(shape: LlavaConfig, width: int, chat_template: str | None, folder: Path) -> None:
+    model, tokenizer = _language_model(shape.text_config, width)
+    tower = _tower(shape.vision_config)
+    model, processor = assemble_llava(
+        tower,
+        model,
+        tokenizer,
+        vision_feature_layer=shape.vision_feature_layer,
+        vision_feature_select_strategy=shape.vision_feature_select_strategy,
+        chat_template=chat_template,
+        image_processor=_picture_settings(tower),
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _tower(shape: PreTrainedConfig):
+    """A random tower of the shape's kind; the same weights for the same shape."""
+    torch.manual_seed(_seed(shape))
+    tiny = type(shape)(**TOWER, image_size=SIDE, patch_size=PATCH)
+    return (CLIPVisionModel if tiny.model_type == "clip_vision_model" else SiglipVisionModel)(tiny)
+
+
+def _picture_settings(tower) -> SiglipImageProcessorPil | CLIPImageProcessorPil:
+    if tower.config.model_type == "clip_vision_model":
+        return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+    return SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+
+
+def _language_model(shape: PreTrainedConfig, width: int) -> tuple:
+    """A random language model of the shape's kind and its tokenizer. Rows past the tokenizer's are kept modulo 256,
+    so that 151,936 and 152,064 still differ."""
+    tokenizer = tiny_llama_tokenizer() if shape.model_type == "llama" else tiny_tokenizer()
+    torch.manual_seed(_seed(shape))
+    tiny = type(shape)(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        vocab_size=len(tokenizer) + shape.vocab_size % 256,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return AutoModelForCausalLM.from_config(tiny), tokenizer
+
+
+def _seed(shape: PreTrainedConfig) -> int:
+    return zlib.crc32(f"{shape.model_type} {shape.hidden_size} {shape.num_hidden_layers}".encode())
+
+
+def _tiny_stage(stage: StageConfig, folder: Path) -> StageConfig:
+    return replace(stage, data=_tiny_data(stage.data, folder), train=_tiny_train(stage.train))
+
+
+def _tiny_data(data: DataConfig, folder: Path) -> DataConfig:
+    images = {"train_images": SAMPLES, "test_images": SAMPLES}
+    if data.source == "llava":
+        root, train_split = _sample(data.train_split, folder)
+        test_split = data.test_split and _sample(data.test_split, folder)[1]
+        mixture = tuple(PartConfig("llava", *_sample(part.split, folder), part.weight) for part in data.mixture)
+        return replace(data, root=root, train_split=train_split, test_split=test_split, mixture=mixture, **images)
+    return replace(data, **images)
+
+
+def _sample(name: str, folder: Path) -> tuple[str, str]:
+    """Root and file of the samples that stand for the file `name`: captions where it looks like LLaVA's pretraining."""
+    captions = any(word in Path(name).name.lower() for word in ("558k", "lcs", "pretrain", "caption"))
+    root, file = (folder / "images", CAPTIONS) if captions else (folder, INSTRUCTIONS)
+    return str(root), str(folder / file)
+
+
+def _tiny_train(train: TrainConfig) -> TrainConfig:
+    accumulates = train.global_batch_size or train.gradient_accumulation_steps > 1
+    return replace(
+        train,
+        steps=train.steps and min(train.steps, 3),
+        batch_size=2,
+        gradient_accumulation_steps=2 if accumulates else 1,
+        global_batch_size=None,
+        lora_rank=train.lora_rank and min(train.lora_rank, 4),
+        lora_alpha=None,
+        logging_steps=1,
+        checkpoint_every=1,
+        data_workers=0,
+    )
