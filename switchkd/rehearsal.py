@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
     CLIPImageProcessorPil,
@@ -21,7 +22,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from switchkd.config import DataConfig, JudgeConfig, PartConfig, RunConfig, StageConfig, StudentConfig, TrainConfig
+from switchkd.config import DataConfig, JudgeConfig, PartConfig, RunConfig, StageConfig, TrainConfig
 from switchkd.data.sample_llava import CAPTIONS, INSTRUCTIONS, write_llava_sample
 from switchkd.models import assemble_llava
 from switchkd.models.shapes import part_config, student_config, teacher_config
@@ -36,52 +37,57 @@ STUDENT_WIDTH, TEACHER_WIDTH = 32, 48
 def rehearse(config: RunConfig) -> RunConfig:
     """The configuration `NAME-tiny` of the rehearsal; its parts and samples are written to `out/.NAME-tiny`.
 
-    Random weights follow the part's name, so that a tower that student and teacher share is shared here too. A second
+    Random weights follow the part's shape, so that a tower that student and teacher share is shared here too. A second
     call writes the same parts and gives an equal configuration: a rehearsal resumes as its run would. Only LLaVA data
-    is replaced by samples of the package; of other sources the first dozen is taken. Raises as the configuration's own
-    parts do, where their kind cannot be found out.
+    is replaced by samples of the package; of other sources the first dozen is taken. Of several processes the first
+    writes. Raises as `part_config` and `teacher_config` do, where the kind of a part cannot be found out.
     """
     folder = Path(config.out) / f".{config.name}-tiny"
-    write_llava_sample(folder / "data")
+    state = PartialState()
+    with state.main_process_first():
+        if state.is_main_process:
+            write_llava_sample(folder / "data")
+            _write_parts(config, folder)
     stages = {prefix: _tiny_stage(stage, folder / "data") for prefix, stage in config.stages().items()}
-    last = stages[""]
-    teacher = config.teacher
+    teacher, student = config.teacher, config.student
     if teacher.path:
-        path = folder / "teacher"
-        template = teacher.chat_template or config.student.chat_template
-        _write_llava(teacher_config(teacher), TEACHER_WIDTH, template, path)
-        teacher = replace(teacher, path=str(path), made_by=None, steps=min(teacher.steps, 2))
+        teacher = replace(teacher, path=str(folder / "teacher"), made_by=None, steps=min(teacher.steps, 2))
+    if student.path:
+        student = replace(student, path=str(folder / "student"))
+    if student.vision_tower:
+        student = replace(student, vision_tower=str(folder / "vision_tower"), image_processor=None)
+    if student.language_model:
+        student = replace(student, language_model=str(folder / "language_model"))
     return replace(
         config,
         name=f"{config.name}-tiny",
         tiny=False,
         teacher=teacher,
-        student=_tiny_student(config.student, folder),
+        student=student,
         pretrain=stages.get("pretrain."),
         sft=stages.get("sft."),
-        data=last.data,
-        train=last.train,
+        data=stages[""].data,
+        train=stages[""].train,
         judge=JudgeConfig(batch_size=4, max_new_tokens=8),
     )
 
 
-def _tiny_student(student: StudentConfig, folder: Path) -> StudentConfig:
+def _write_parts(config: RunConfig, folder: Path) -> None:
+    """Every part that the configuration names, as a tiny one of its kind."""
+    teacher, student = config.teacher, config.student
+    if teacher.path:
+        template = teacher.chat_template or student.chat_template
+        _write_llava(teacher_config(teacher), TEACHER_WIDTH, template, folder / "teacher")
     if student.path:
         _write_llava(student_config(student), STUDENT_WIDTH, student.chat_template, folder / "student")
-        return replace(student, path=str(folder / "student"))
-    parts = {}
     if student.vision_tower:
-        shape = part_config(student.vision_tower)
-        tower = _tower(getattr(shape, "vision_config", shape))
+        tower = _tower(part_config(student.vision_tower))
         tower.save_pretrained(folder / "vision_tower")
         _picture_settings(tower).save_pretrained(folder / "vision_tower")
-        parts |= {"vision_tower": str(folder / "vision_tower"), "image_processor": None}
     if student.language_model:
         model, tokenizer = _language_model(part_config(student.language_model), STUDENT_WIDTH)
         model.save_pretrained(folder / "language_model")
         tokenizer.save_pretrained(folder / "language_model")
-        parts["language_model"] = str(folder / "language_model")
-    return replace(student, **parts)
 
 
 def _write_llava(shape: LlavaConfig, width: int, chat_template: str | None, folder: Path) -> None:

@@ -1,10 +1,13 @@
 """TinyLLaVA folders of the public layout, written here from plain modules, and what `convert` makes of them."""
 
+import importlib.util
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -32,6 +35,7 @@ from switchkd.convert import convert
 from switchkd.data import Conversation, encode
 from switchkd.models.tiny import tiny_tokenizer
 
+RECIPE = Path(__file__).parents[1] / "recipes/distill_tinyllava.py"
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
@@ -512,3 +516,34 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr("switchkd.convert.put_in_place", full)
     refused(tmp_path, TinyLlava().save(tmp_path / "tiny"), OSError, "no space left")
+
+
+def test_the_recipe_distils_from_a_converted_teacher(tmp_path):
+    """The assembled student takes the teacher's turns and drops the first visual token as it does."""
+    torch.manual_seed(0)
+    made = TinyLlava()
+    convert(made.save(tmp_path / "source"), tmp_path / "teacher")
+    SiglipVisionModel(made.tower.config).save_pretrained(tmp_path / "tower")
+    made.language_model.save_pretrained(tmp_path / "words")
+    text_tokenizer(made.end).save_pretrained(tmp_path / "words")
+    config = {
+        "name": "converted",
+        "out": str(tmp_path / "runs"),
+        "data": {"train_images": 4, "test_images": 2, "kinds": ["exists"]},
+        "teacher": {"path": str(tmp_path / "teacher")},
+        "student": {"vision_tower": str(tmp_path / "tower"), "language_model": str(tmp_path / "words")},
+        "train": {"steps": 2, "batch_size": 2, "logging_steps": 1, "checkpoint_every": 0},
+        "judge": {"batch_size": 4, "max_new_tokens": 4},
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    spec = importlib.util.spec_from_file_location("recipe", RECIPE)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    run = recipe.main(["--config", str(tmp_path / "run.yaml")])
+    processor = AutoProcessor.from_pretrained(run / "student")
+    assert processor.vision_feature_select_strategy == "default"
+    assert processor.chat_template == AutoProcessor.from_pretrained(tmp_path / "teacher").chat_template
+    ids = processor(text="<image>", images=[Image.new("RGB", (32, 32))])["input_ids"][0]
+    assert list(ids).count(processor.image_token_id) == 15  # of 4 x 4
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(record["switch"] > 0 for record in records if record["stage"] == "student" and "ce" in record)

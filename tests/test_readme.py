@@ -47,7 +47,14 @@ def test_files_and_links_exist():
 def test_flags_exist():
     flags = set(re.findall(r"--((?:data|train|method|student|teacher|judge)\.\w+|name|resume|config)\b", README))
     assert {"data.root", "train.lr", "resume"} <= flags
-    values = {"name": "x", "resume": "true", "train.lr": "1e-3", "method.switch": "forward_kl", "data.source": "llava"}
+    values = {
+        "name": "x",
+        "resume": "true",
+        "train.lr": "1e-3",
+        "method.switch": "forward_kl",
+        "data.source": "llava",
+        "train.batch_size": "16",
+    }
     for flag in sorted(flags - {"config", "name"}):
         load_config(["--name", "x", f"--{flag}", values.get(flag, "x")])
 
