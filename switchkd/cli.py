@@ -146,7 +146,6 @@ def convert(
 
     _quiet_loading()
     convert_checkpoint(source, target, chat_template=template)
-    Console().print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _run_config(ctx: typer.Context, config: Path):

@@ -28,8 +28,9 @@ from transformers import (
 )
 
 from switchkd.data import Conversation, encode
+from switchkd.models.llava import make_processor
 from switchkd.models.pathway import visual_token_count
-from switchkd.models.templates import IMAGE_TOKEN, PROBE
+from switchkd.models.templates import PROBE, add_image_token
 from switchkd.training.checkpoints import put_in_place
 
 # One prompt for every language model, but for the token that ends an answer. The generation prompt ends in a colon:
@@ -239,10 +240,7 @@ def _tokenizer(source: Path, given: dict, config: LlavaConfig) -> PreTrainedToke
     if tokenizer.pad_token is None:
         tokenizer.pad_token = given.get("pad_token") or tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]}, replace_extra_special_tokens=False)
-    tokenizer.image_token = IMAGE_TOKEN
-    config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    config.image_token_index = add_image_token(tokenizer)
     return tokenizer
 
 
@@ -257,14 +255,12 @@ def _processor(given: dict, config: LlavaConfig, tokenizer: PreTrainedTokenizerB
     if given.get("image_aspect_ratio") == "pad":
         settings |= {"do_pad": True, "do_center_crop": clip, "image_mean": kind.image_mean, "image_std": kind.image_std}
         kind = LlavaImageProcessorPil
-    return LlavaProcessor(
-        image_processor=kind(**settings),
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
+    return make_processor(
+        vision,
+        tokenizer,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        num_additional_image_tokens=int(clip),
-        image_token=IMAGE_TOKEN,
         chat_template=template,
+        image_processor=kind(**settings),
     )
 
 

@@ -505,7 +505,7 @@ def test_a_foreign_tokenizer_or_template_is_refused(tmp_path):
         tmp_path,
         source,
         ValueError,
-        "^chat template the given one does not fit the tokenizer",
+        "^chat_template does not write an image and its question as one <image>",
         chat_template="{{ 'a' }}",
     )
 
