@@ -25,6 +25,7 @@ from switchkd import SupervisedMethod
 from switchkd.config import RunConfig, load_config
 from switchkd.evaluation.judge import Row, judge
 from switchkd.models import freeze, load_llava, same_inputs, shared_vocab
+from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.tiny import TEACHER
 from switchkd.rehearsal import rehearse
 from switchkd.runs import RunFolder
@@ -55,17 +56,15 @@ def main(argv: list[str] | None = None) -> Path:
     if config.tiny:
         config = rehearse(config)
     # What cannot run, a pair that cannot be switched or samples that cannot be read, ends here, before any training.
-    teacher, teacher_processor = load_teacher(config, config.teacher.path or TEACHER)
-    config = reading_as_the_teacher(config, teacher_processor)
+    teacher, teachers_processor = load_teacher(config, config.teacher.path or TEACHER)
+    config = replace(config, student=as_teacher_reads(config.student, config.teacher, teachers_processor))
     run = RunFolder.resume(config) if config.resume else None
     stages = stages_of(config)
     if stages[-1].config.method is None:
-        raise ValueError(
-            "method.align and method.switch are null, nothing is distilled: recipes/train_vlm.py trains so"
-        )
+        raise ValueError("every term of method is null, nothing is distilled: run recipes/train_vlm.py")
     student, processor = start_student(config, stages[-1])
-    shared = shared_vocab(processor.tokenizer, teacher_processor.tokenizer)
-    same_inputs(processor, teacher_processor)
+    shared = shared_vocab(processor.tokenizer, teachers_processor.tokenizer)
+    same_inputs(processor, teachers_processor)
     for stage in stages:
         freeze(student, stage.config.freeze)
         build_method(stage.config, student, teacher, shared)
@@ -83,15 +82,15 @@ def main(argv: list[str] | None = None) -> Path:
             rates = {"lr": config.teacher.lr, "encoder_lr": None, "projector_lr": None}
             settings = replace(config.train, steps=config.teacher.steps, **rates)
             samples = data.samples(config.data)
-            train_method(run, "teacher", SupervisedMethod(teacher), settings, samples, teacher_processor)
+            train_method(run, "teacher", SupervisedMethod(teacher), settings, samples, teachers_processor)
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
-    teacher, teacher_processor = load_teacher(config, teacher_path, dtype)
+    teacher, teachers_processor = load_teacher(config, teacher_path, dtype)
     for stage in stages:
         if not run.model(stage.name).exists():
             train_stage(run, stage, data.samples(stage.config.data), teacher, shared)
 
     if questions:
-        rows = [Row("teacher", teacher, teacher_processor)]
+        rows = [Row("teacher", teacher, teachers_processor)]
         if config.undistilled:
             rows.append(Row("undistilled", *load_llava(run.model("undistilled"))))
         student = load_llava(run.model("student"))
@@ -118,21 +117,7 @@ def load_teacher(config: RunConfig, path, dtype: torch.dtype = torch.float32) ->
             f"teacher.path is {path}, which does not exist: make it with accelerate launch recipes/train_vlm.py "
             f"--config {config.teacher.made_by}, or name another teacher"
         )
-    teacher, processor = load_llava(path, dtype)
-    if config.teacher.chat_template:
-        processor.chat_template = processor.tokenizer.chat_template = config.teacher.chat_template
-    return teacher, processor
-
-
-def reading_as_the_teacher(config: RunConfig, teacher_processor) -> RunConfig:
-    """An assembled student writes turns and keeps visual tokens as its teacher does, unless the configuration says how:
-    one encoding is read by both."""
-    student = config.student
-    if student.path or not config.teacher.path:
-        return config
-    template = student.chat_template or teacher_processor.chat_template
-    strategy = student.vision_feature_select_strategy or teacher_processor.vision_feature_select_strategy
-    return replace(config, student=replace(student, chat_template=template, vision_feature_select_strategy=strategy))
+    return load_llava(path, dtype)[0], teacher_processor(replace(config.teacher, path=str(path)))
 
 
 if __name__ == "__main__":

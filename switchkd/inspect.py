@@ -25,6 +25,7 @@ from switchkd.data.encoding import IGNORE
 from switchkd.data.images import load_image
 from switchkd.data.sources import load_source
 from switchkd.data.summary import summarise
+from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.students import build_processor
 from switchkd.rehearsal import rehearse
 from switchkd.terminal import printable
@@ -94,7 +95,10 @@ def inspect_data(config: RunConfig, stage: str = "last", *, samples: int = 3, se
     if stage not in stages:
         raise ValueError(f"--stage is {stage}, but the run {config.name} has {', '.join(stages)}: give one of them")
     data = stages[stage].data
-    processor = build_processor(config.student)
+    student = config.student
+    if any(each.method for each in stages.values()):
+        student = as_teacher_reads(student, config.teacher, teacher_processor(config.teacher))
+    processor = build_processor(student)
     conversations = load_source(replace(data, test_split=None)).train
     # Not from the cache of an earlier check: whoever adds a missing image asks here whether it is found.
     workers = min(16, os.cpu_count() or 1)

@@ -45,7 +45,13 @@ def test_saved_config_reads_back_equal(tmp_path):
         threads=2,
         data=DataConfig(source="voc", root="/some/where", test_images=5),
         student=StudentConfig(path="hub/name", freeze=("language_model", "projector")),
-        method=MethodConfig(align=None, switch_options={"k": 8, "temperature": 1.5}),
+        method=MethodConfig(
+            align=None,
+            switch_options={"k": 8, "temperature": 1.5},
+            feature="relation",
+            feature_weight=0.5,
+            switch_adapter="linear",
+        ),
         train=TrainConfig(lr=1e-5, encoder_lr=1e-6, bf16=True),
     )
     save_config(config, tmp_path / "deep" / "config.yaml")
@@ -83,6 +89,12 @@ def test_saved_config_reads_back_equal(tmp_path):
         (["--name", "a", "--train.lr", "0"], "train.lr is 0.0, it must be above 0"),
         (["--name", "a", "--train.warmup_ratio", "5"], "train.warmup_ratio is 5.0, it must be 0 or more and below 1"),
         (["--name", "a", "--method.switch_weight", "-1"], "method.switch_weight is -1.0, it must be 0 or more"),
+        (["--name", "a", "--method.feature_weight", "-1"], "method.feature_weight is -1.0, it must be 0 or more"),
+        (["--name", "a", "--method.feature", "cos"], '"method.feature": Does not validate'),
+        (
+            ["--name", "a", "--method.switch", "null", "--method.switch_adapter", "linear"],
+            "method.switch_adapter is linear but method.switch and method.feature are null",
+        ),
         (["--name", "a", "--teacher.steps", "-3"], "teacher.steps is -3, it must be 0 or more"),
         (["--name", "a", "--teacher.lr", "0"], "teacher.lr is 0.0, it must be above 0"),
         (["--name", "a", "--judge.batch_size", "0"], "judge.batch_size is 0, it must be 1 or more"),
@@ -205,7 +217,8 @@ def test_stages_in_order_each_with_its_own_fields(tmp_path):
 def test_without_a_divergence_the_last_stage_has_no_method():
     supervised = MethodConfig(align=None, switch=None)
     assert RunConfig(name="a", method=supervised).stages()[""].method is None
-    assert RunConfig(name="a", method=MethodConfig(align=None)).stages()[""].method == MethodConfig(align=None)
+    for method in (MethodConfig(align=None), MethodConfig(align=None, switch=None, feature="cosine")):
+        assert RunConfig(name="a", method=method).stages()[""].method == method
 
 
 @pytest.mark.parametrize("flag", ["--tiny", "--resume"])

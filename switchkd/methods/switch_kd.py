@@ -7,14 +7,15 @@
 
 V is the vision tower, P the projector, L the language model; D is DBiLD in the paper. Which parts are frozen, what is
 switched and what it is compared with follow the official figure and README; equation numbers, weights and temperature
-are as reported by public notes and ports, for the paper's own text was not read.
+are as reported by public notes and ports, for the paper's own text was not read. Two things are ours: where the two
+towers' features differ in width or number, an adapter A stands on the switch path, z_switch = L_T(P_T(A(V_S(image))),
+text); and a term may compare the features themselves, the cheap rival of the switch.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import logging
 from collections.abc import Callable, Mapping
 
 import torch
@@ -24,11 +25,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from switchkd import losses
 from switchkd.losses.answers import answer_rows, answer_terms
+from switchkd.methods.pair_checks import check_encoders_move, check_features_meet, shared_rows
 from switchkd.methods.terms import Terms, chunking, over_answer_tokens
 from switchkd.models import pathway
+from switchkd.models.image_tokens import images_per_sample, with_image_tokens
 from switchkd.models.llava import recompute_activations
-
-logger = logging.getLogger(__name__)
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,6 +39,11 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
     "forward_kl": losses.forward_kl,
     "reverse_kl": losses.reverse_kl,
     "jsd": losses.jsd,
+}
+
+FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cosine": losses.token_cosine,
+    "relation": losses.token_relation,
 }
 
 
@@ -50,15 +56,25 @@ class SwitchKD(nn.Module):
         [N, V] (student or switch logits), [N, V] (teacher logits) -> [N], or None to leave the term and its pass out.
     align_weight, switch_weight: lambda 1 and 2 of Eq. 1; 1.0 and 1.0 as reported of the paper.
     align_options, switch_options: keyword arguments of the divergence, such as {"temperature": 3.0}.
+    feature: the distance of the student's vision features from the teacher's: a name of `FEATURES`, your own function
+        [images, tokens, width] (student), the same (teacher) -> [images], or None. Each image counts as much as its
+        sample has answer tokens, over its images, so that the term is a mean over answer tokens as the others are.
+    feature_weight: weight of that term.
     shared_vocab: logits are cut to the first `shared_vocab` rows before a divergence sees them; None: all rows, which
         then must be equally many. `switchkd.models.shared_vocab` finds it from the two tokenizers. It ends before
         `<image>` where that has other ids in student and teacher.
+    switch_adapter: where the student's features have another width or number of visual tokens than the teacher's, a
+        module [images, student's tokens, student's width] -> [images, teacher's tokens, teacher's width]
+        (`switchkd.models.adapter.fit_switch_adapter`). Switch and feature term read the student's features through it,
+        and it trains along; it is in the method's checkpoint and not in the exported student.
     gradient_checkpointing: recompute the teacher's activations on the switch pass instead of keeping them.
 
-    The gradient of the switch term reaches the student's vision tower alone: projector and language model on that
-    path are the teacher's. Raises ValueError where the pair cannot be switched: towers of other widths, another
-    number of visual tokens, more shared rows than there can be, or one and the same frozen encoder in both, for which
-    the switch term would be exactly zero.
+    The gradients of switch and feature term reach the student's vision tower and the adapter alone: projector and
+    language model on the switch's path are the teacher's. Where one image is another number of visual tokens to the
+    teacher, its passes read the same samples with as many image tokens as it needs. Raises ValueError where the pair
+    cannot be switched: towers of other widths or another number of visual tokens without an adapter, an adapter where
+    both are equal, pictures of two sizes, more shared rows than there can be, or one and the same frozen encoder in
+    both, for which switch and feature term would be exactly zero.
     """
 
     accepts_loss_kwargs = True
@@ -70,21 +86,26 @@ class SwitchKD(nn.Module):
         *,
         align: str | Divergence | None = "dbild",
         switch: str | Divergence | None = "dbild",
+        feature: str | Divergence | None = None,
         align_weight: float = 1.0,
         switch_weight: float = 1.0,
+        feature_weight: float = 1.0,
         align_options: Mapping | None = None,
         switch_options: Mapping | None = None,
         shared_vocab: int | None = None,
+        switch_adapter: nn.Module | None = None,
         gradient_checkpointing: bool = False,
     ):
         super().__init__()
         self.align = _divergence("align", align, align_options)
         self.switch = _divergence("switch", switch, switch_options)
-        self.weights = {"ce": 1.0, "align": align_weight, "switch": switch_weight}
-        self.shared_vocab = _shared_rows(student, teacher, shared_vocab)
-        _check_pair(student, teacher, switched=self.switch is not None)
-        if self.switch is not None:
-            _check_encoders_move(student, teacher)
+        self.feature = _distance(feature)
+        self.weights = {"ce": 1.0, "align": align_weight, "switch": switch_weight, "feature": feature_weight}
+        self.shared_vocab = shared_rows(student, teacher, shared_vocab)
+        readers = [name for name in ("switch", "feature") if getattr(self, name) is not None]
+        check_features_meet(student, teacher, switch_adapter, readers, equal_widths=feature == "cosine")
+        check_encoders_move(student, teacher, readers)
+        self.switch_adapter = switch_adapter
         self.student = student
         self.teacher = teacher.requires_grad_(False)
         self.gradient_checkpointing = gradient_checkpointing
@@ -114,8 +135,8 @@ class SwitchKD(nn.Module):
     ) -> Terms:
         """input_ids, attention_mask, labels [batch, time]; pixel_values [images, 3, height, width] or None.
 
-        Named terms: "ce", and "align" and "switch" where they are on; each is a sum over answer positions divided by
-        `num_items_in_batch`, the answer tokens of the whole optimizer step (without it, the batch's own).
+        Named terms: "ce", and "align", "switch" and "feature" where they are on; each is a sum over answer positions
+        divided by `num_items_in_batch`, the answer tokens of the whole optimizer step (without it, the batch's own).
         """
         student, teacher = self.student, self.teacher
         image_token_id = student.config.image_token_id
@@ -125,18 +146,22 @@ class SwitchKD(nn.Module):
         hidden = pathway.decode(student, input_ids, attention_mask, pathway.project(student, features))
         student_rows, targets = answer_rows(hidden, labels)
 
+        given, wanted = (pathway.visual_token_count(model) for model in (student, teacher))
+        read = (input_ids, attention_mask, labels)  # by the teacher
+        if given != wanted:
+            read = with_image_tokens(*read, image_token_id, given=given, wanted=wanted)
+        if self.switch_adapter is not None:
+            features = self.switch_adapter(features)
+
         teacher_rows = switch_rows = None
+        if self.align is not None or self.switch is not None or self.feature is not None:
+            with torch.no_grad():
+                teacher_features = pathway.encode(teacher, pixel_values)
         if self.align is not None or self.switch is not None:
             with torch.no_grad():
-                visual_tokens = pathway.project(teacher, pathway.encode(teacher, pixel_values))
-                hidden = pathway.decode(
-                    teacher, input_ids, attention_mask, visual_tokens, image_token_id=image_token_id
-                )
-                teacher_rows, _ = answer_rows(hidden, labels)
+                teacher_rows = self._read_by_teacher(*read, teacher_features)
         if self.switch is not None:
-            visual_tokens = pathway.project(teacher, features)
-            hidden = pathway.decode(teacher, input_ids, attention_mask, visual_tokens, image_token_id=image_token_id)
-            switch_rows, _ = answer_rows(hidden, labels)
+            switch_rows = self._read_by_teacher(*read, features)
 
         sums = answer_terms(
             student_rows,
@@ -150,7 +175,29 @@ class SwitchKD(nn.Module):
             shared_vocab=self.shared_vocab,
             **chunking(targets, student.lm_head, teacher.lm_head),
         )
+        if self.feature is not None:
+            images = images_per_sample(input_ids, image_token_id, given)
+            sums["feature"] = self._feature_sum(features, teacher_features, losses.image_weights(labels, images))
         return over_answer_tokens(sums, self.weights, targets, num_items_in_batch)
+
+    def _read_by_teacher(
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, features: Tensor
+    ) -> Tensor:
+        """[answer tokens, hidden size of the teacher]: its states at the answer positions, over these features."""
+        visual_tokens = pathway.project(self.teacher, features)
+        image_token_id = self.student.config.image_token_id
+        hidden = pathway.decode(self.teacher, input_ids, attention_mask, visual_tokens, image_token_id=image_token_id)
+        return answer_rows(hidden, labels)[0]
+
+    def _feature_sum(self, features: Tensor, teacher_features: Tensor, weights: Tensor) -> Tensor:
+        values = self.feature(features, teacher_features)
+        if values.shape != features.shape[:1]:
+            raise ValueError(
+                f"feature returned shape {tuple(values.shape)} for {len(features)} images: it must give one value an "
+                f"image, shape ({len(features)},), neither summed nor averaged"
+            )
+        # A batch without images has no weights; its blank one counts nothing, but stays in the graph.
+        return values[: len(weights)].float() @ weights
 
     def progress(self, fraction: float) -> None:
         """Called by the trainer before each step with the run's fraction done, 0 to 1. Nothing here depends on it."""
@@ -179,79 +226,12 @@ def _divergence(field: str, choice: str | Divergence | None, options: Mapping | 
     return functools.partial(choice, **options) if options else choice
 
 
-def _shared_rows(student, teacher, shared_vocab: int | None) -> int:
-    rows = [model.config.text_config.vocab_size for model in (student, teacher)]
-    if shared_vocab is None:
-        if rows[0] != rows[1]:
+def _distance(feature: str | Divergence | None) -> Divergence | None:
+    if isinstance(feature, str):
+        if feature not in FEATURES:
             raise ValueError(
-                f"the student has {rows[0]} vocabulary rows and the teacher {rows[1]}: pass shared_vocab, the number "
-                "of leading rows that mean the same token to both (switchkd.models.shared_vocab finds it)"
+                f"feature is {feature!r}; known are {', '.join(FEATURES)}, or pass a function [images, tokens, width], "
+                "[images, tokens, width] -> [images]"
             )
-        shared_vocab = rows[0]
-    if not 0 < shared_vocab <= min(rows):
-        raise ValueError(f"shared_vocab is {shared_vocab}; the student has {rows[0]} rows, the teacher {rows[1]}")
-    image_ids = [model.config.image_token_id for model in (student, teacher)]
-    if image_ids[0] != image_ids[1] and shared_vocab > min(image_ids):
-        raise ValueError(
-            f"the image token is {image_ids[0]} in the student and {image_ids[1]} in the teacher, so that "
-            f"{shared_vocab} leading rows cannot mean the same to both: pass shared_vocab, at most {min(image_ids)} "
-            "(switchkd.models.shared_vocab finds it)"
-        )
-    return shared_vocab
-
-
-def _check_pair(student, teacher, switched: bool) -> None:
-    visions = [model.config.vision_config for model in (student, teacher)]
-    tokens = [pathway.visual_token_count(model) for model in (student, teacher)]
-    if tokens[0] != tokens[1] or visions[0].image_size != visions[1].image_size:
-        sizes = [
-            f"{v.image_size} px in patches of {v.patch_size}, {n} tokens" for v, n in zip(visions, tokens, strict=True)
-        ]
-        raise ValueError(
-            f"student and teacher must see an image as equally many visual tokens; the student has {sizes[0]}, the "
-            f"teacher {sizes[1]}: take vision towers of one image and patch size, and one "
-            "vision_feature_select_strategy"
-        )
-    widths = [_feature_width(model) for model in (student, teacher)]
-    if switched and widths[0] != widths[1]:
-        raise ValueError(
-            f"the student's vision features are {widths[0]} wide and the teacher's projector reads {widths[1]}: the "
-            "visual switch needs equal widths; take a tower of the teacher's width, or set switch to None"
-        )
-
-
-def _feature_width(model) -> int:
-    layers = model.config.vision_feature_layer
-    return model.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
-
-
-def _check_encoders_move(student, teacher) -> None:
-    towers = [model.model.vision_tower for model in (student, teacher)]
-    states = [tower.state_dict() for tower in towers]
-    layers = [model.config.vision_feature_layer for model in (student, teacher)]
-    equal = (
-        layers[0] == layers[1]
-        and states[0].keys() == states[1].keys()
-        and all(
-            states[0][name].shape == states[1][name].shape
-            and torch.equal(states[0][name].to(states[1][name]), states[1][name])
-            for name in states[0]
-        )
-    )
-    frozen = not any(parameter.requires_grad for parameter in towers[0].parameters())
-    if frozen and equal:
-        raise ValueError(
-            "student and teacher share one frozen vision tower, so the switch logits equal the teacher's and the "
-            "switch term is exactly zero: unfreeze the student's vision tower, start it from other weights, or set "
-            "switch to None"
-        )
-    if frozen:
-        raise ValueError(
-            "the switch term trains the student's vision tower alone, and that is frozen: unfreeze it, or set switch "
-            "to None"
-        )
-    if equal:
-        logger.warning(
-            "student and teacher start from equal vision towers: the switch term begins at zero and acts once the "
-            "student's tower moves"
-        )
+        return FEATURES[feature]
+    return feature

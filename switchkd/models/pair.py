@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from transformers import LlavaProcessor, PreTrainedTokenizerBase
+from dataclasses import replace
+from pathlib import Path
 
+from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerBase
+
+from switchkd.config import StudentConfig, TeacherConfig
 from switchkd.models.pictures import image_settings
 from switchkd.models.templates import IMAGE_TOKEN, PROBE, render
+from switchkd.models.tiny import TEACHER
 
 
 def shared_vocab(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase) -> int:
@@ -76,3 +81,37 @@ def same_inputs(student_processor: LlavaProcessor, teacher_processor: LlavaProce
             f"the chat template writes two turns as {student!r} in the student and as {teacher!r} in the teacher: one "
             "encoded conversation is read by both, so pass the teacher's as chat_template (student.chat_template)"
         )
+
+
+def teacher_processor(teacher: TeacherConfig, *, local_files_only: bool = False) -> LlavaProcessor | None:
+    """The teacher's processor with the chat template that the configuration names for it, without a weight.
+
+    None where `teacher.made_by` is still to make it; local_files_only: also where it is not on this disk.
+    """
+    path = teacher.path or TEACHER
+    if teacher.made_by and not Path(path).exists():
+        return None
+    try:
+        processor = AutoProcessor.from_pretrained(path, local_files_only=local_files_only)
+    except (OSError, ValueError):
+        if local_files_only:
+            return None
+        raise
+    if teacher.chat_template:
+        processor.chat_template = processor.tokenizer.chat_template = teacher.chat_template
+    return processor
+
+
+def as_teacher_reads(student: StudentConfig, teacher: TeacherConfig, processor: LlavaProcessor | None) -> StudentConfig:
+    """The student with its teacher's chat template and choice of visual tokens: one encoding is read by both.
+
+    processor: the teacher's, None where it is not at hand. A whole student, and what the configuration says itself,
+    stay as they are.
+    """
+    if student.path or not teacher.path:
+        return student
+    template = student.chat_template or (processor.chat_template if processor else teacher.chat_template)
+    strategy = student.vision_feature_select_strategy
+    if strategy is None and processor is not None:
+        strategy = processor.vision_feature_select_strategy
+    return replace(student, chat_template=template, vision_feature_select_strategy=strategy)

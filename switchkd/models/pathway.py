@@ -85,6 +85,12 @@ def visual_token_count(model: LlavaForConditionalGeneration) -> int:
     return (vision.image_size // vision.patch_size) ** 2 + class_token - dropped
 
 
+def feature_width(model: LlavaForConditionalGeneration) -> int:
+    """Width of the features that `encode` gives and the projector reads."""
+    layers = model.config.vision_feature_layer
+    return model.config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+
+
 def blank_pixels(model: LlavaForConditionalGeneration, like: Tensor) -> Tensor:
     """One zero image [1, channels, height, width] for a batch without images, on `like`'s device."""
     vision = model.config.vision_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from switchkd.data import Conversation, ConversationDataset
 from switchkd.data.sources import Source, load_source
 from switchkd.methods import SupervisedMethod, SwitchKD
 from switchkd.models import freeze, load_llava
+from switchkd.models.adapter import LinearAdapter, fit_switch_adapter
 from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora, merge_lora
 from switchkd.models.students import build_student
@@ -120,11 +122,32 @@ def build_method(
     student: LlavaForConditionalGeneration,
     teacher: LlavaForConditionalGeneration | None,
     shared_vocab: int | None,
+    switch_adapter: LinearAdapter | None = None,
 ) -> nn.Module:
-    """What the stage trains: Switch-KD where it has a method, cross entropy alone elsewhere."""
+    """What the stage trains: Switch-KD where it has a method, cross entropy alone elsewhere.
+
+    switch_adapter: the fitted one, where the method has one; without it, as a check of the pair needs, one at its
+    random start.
+    """
     if stage.method is None:
         return SupervisedMethod(student)
-    return SwitchKD(student, teacher, shared_vocab=shared_vocab, **asdict(stage.method))
+    options = asdict(stage.method)
+    if options.pop("switch_adapter") and switch_adapter is None:
+        switch_adapter = LinearAdapter.between(student, teacher)
+    return SwitchKD(student, teacher, shared_vocab=shared_vocab, switch_adapter=switch_adapter, **options)
+
+
+def fit_adapter(
+    student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, samples: Any, count: int = 256
+) -> LinearAdapter:
+    """The switch adapter of the pair, fitted on the pictures of up to `count` samples spread evenly over all."""
+    state = PartialState()
+    for model in (student, teacher):
+        model.model.vision_tower.to(state.device)
+    spread = (samples[index] for index in range(0, len(samples), math.ceil(len(samples) / count)))
+    adapter = fit_switch_adapter(student, teacher, (s["pixel_values"] for s in spread if "pixel_values" in s))
+    state.print(f"switch adapter: explains {adapter.r2:.1%} of the variance of the teacher's vision features (R2)")
+    return adapter
 
 
 def train_stage(
@@ -136,7 +159,10 @@ def train_stage(
 ) -> None:
     """Trains `stage` from its newest checkpoint, or from its start, and exports its student."""
     student, processor = start_student(run.config, stage, run)
-    method = build_method(stage.config, student, teacher, shared_vocab)
+    adapter = None
+    if stage.config.method and stage.config.method.switch_adapter:
+        adapter = fit_adapter(student, teacher, samples)
+    method = build_method(stage.config, student, teacher, shared_vocab, adapter)
     train_method(run, stage.name, method, stage.config.train, samples, processor)
 
 
