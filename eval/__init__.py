@@ -1,0 +1,1 @@
+"""What you run to judge a model or a method."""

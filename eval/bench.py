@@ -1,0 +1,328 @@
+"""The work of one size: towers, teacher, students' starts and runs, each made once and kept."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration, set_seed
+
+from eval import parts
+from eval.fast_step import ALL_SKILLS, Feed, average, draw, orders, score, train
+from eval.sizes import Size
+from eval.variants import VARIANTS
+from switchkd.data import ten_skills as world
+from switchkd.methods import SupervisedMethod
+from switchkd.models import freeze
+
+NOT_EVIDENCE = "machinery check, not evidence"
+TRAIN_SEEDS = {"teacher": 0, "students": 1, "starts": 2, "tower": 3, "apart": 4}  # of the train split's streams
+CURVE = (330, 5)  # validation samples and points of a run's curve
+TEACHER = "teacher"  # the row of the teacher itself, and the start from its tower
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row's run: `variant` of `VARIANTS`, or TEACHER (judged alone) with start "" and seed 0."""
+
+    variant: str
+    start: str
+    seed: int
+    split: str
+
+    @property
+    def file(self) -> str:
+        start = f"-{self.start}" if self.start else ""
+        return f"{self.split}-{self.variant}{start}-{self.seed}.json"
+
+
+class Bench:
+    """size: of the models and the steps. out: folder of the results, a JSON a run. work: folder of the weights, in
+    which settings have a folder each. drawers: processes that draw the samples."""
+
+    def __init__(
+        self,
+        size: Size,
+        out: Path,
+        work: Path,
+        *,
+        device: str = "cpu",
+        drawers: int = 1,
+    ):
+        self.size, self.out, self.device = size, out, torch.device(device)
+        self.teacher_work = work / f"{size.name}-teacher-{digest(self.settings() | {'size': size.teacher_settings()})}"
+        self.work = work / f"{size.name}-students-{digest(self.settings())}"
+        self.drawers = drawers
+        self._feeds: dict[tuple, Feed] = {}
+        self._teacher: LlavaForConditionalGeneration | None = None
+
+    # ---- What decides a result
+
+    def settings(self, run: Run | None = None) -> dict:
+        """What decides a run's result, the world's samples included, or without a run what all runs share."""
+        settings = {"size": self.size.settings(), "world": _world(self.size.image)}
+        if run is None:
+            return settings
+        if run.variant == TEACHER:
+            settings["size"] = self.size.teacher_settings() | {"judged": self.size.judged}
+        variant = {} if run.variant == TEACHER else VARIANTS[run.variant].settings()
+        return settings | {"variant": variant, "start": run.start, "seed": run.seed, "split": run.split}
+
+    def done(self, run: Run) -> bool:
+        """Whether its JSON is there. Raises ValueError where that is one of other settings: results that do not belong
+        together never share a table."""
+        path = self.out / run.file
+        if not path.exists():
+            return False
+        kept, wanted = json.loads(path.read_text())["settings"], digest(self.settings(run))
+        if kept != wanted:
+            raise ValueError(
+                f"{path} was made under settings {kept} and these are {wanted}: move that folder away, or give another "
+                "one (--out)"
+            )
+        return True
+
+    # ---- Parts that several runs share
+
+    def tower(self, name: str) -> Path:
+        """The pretrained vision tower of the teacher ("tower"), of the students' ("apart"), or their narrow one."""
+        size, is_teachers = self.size, name == "tower"
+        path = (self.teacher_work if is_teachers else self.work) / f"{name}.safetensors"
+        if not path.exists():
+            steps, stream = (size.tower_steps, "tower") if is_teachers else (size.apart_steps, "apart")
+            set_seed(TRAIN_SEEDS[stream])
+            model = parts.build_model(size, size.teacher, size.narrow if name == "narrow" else size.vision)
+            feed = self._draw("train", stream, min(size.teacher_samples, steps * size.tower_batch))
+            named = parts.pretrain_tower(
+                model.to(self.device), feed, size, steps=steps, seed=0, say=lambda line: _say(f"  {name}: {line}")
+            )
+            _say(f"  {name}: {100 * named:.0f} % of the sprites named")
+            self._save(model.model.vision_tower, path)
+        return path
+
+    def teacher(self) -> LlavaForConditionalGeneration:
+        """The teacher, trained at the first call of all, else loaded."""
+        if self._teacher is not None:
+            return self._teacher
+        size, path = self.size, self.teacher_work / "teacher.safetensors"
+        set_seed(TRAIN_SEEDS["teacher"])
+        model = parts.build_model(size, size.teacher, size.vision).to(self.device)
+        if path.exists():
+            _load(model, path)
+        else:
+            _load(model.model.vision_tower, self.tower("tower"))
+            started, curve = time.monotonic(), []
+            method = SupervisedMethod(model)
+            feed = self._draw("train", "teacher", size.teacher_samples)
+            order = orders(len(feed), size.teacher_steps, size.teacher_batch, 0)
+            each = self._watch(TEACHER, model, size.teacher_steps, curve, started)
+            train(method, feed, order, lr=size.teacher_lr, each=each)
+            self._save(model, path)
+            training = {"seconds": time.monotonic() - started, "curve": curve}
+            write_json(self.teacher_work / "teacher.json", training)
+        self._teacher = model.requires_grad_(False).eval()
+        return self._teacher
+
+    def start(self, start: str, seed: int, narrow: bool = False) -> LlavaForConditionalGeneration:
+        """The student that all variants of this start and seed begin from: its tower from the teacher's or apart from
+        it, its projector and language model from the seed and, where the size says so, trained with the tower frozen.
+        """
+        size = self.size
+        set_seed(1000 + seed)
+        model = parts.build_model(size, size.student, size.narrow if narrow else size.vision).to(self.device)
+        name = "narrow" if narrow else start
+        path = self.work / f"start-{name}-{seed}.safetensors"
+        if path.exists():
+            _load(model, path)
+            return model
+        if start == TEACHER:
+            model.model.vision_tower.load_state_dict(self.teacher().model.vision_tower.state_dict())
+        else:
+            _load(model.model.vision_tower, self.tower(name))
+        if size.start_steps:
+            started = time.monotonic()
+            feed = self.feed("train", "starts", min(size.samples, size.start_steps * size.batch_size))
+            freeze(model, ("vision_tower",))
+            order = orders(len(feed), size.start_steps, size.batch_size, seed)
+            train(SupervisedMethod(model), feed, order, lr=size.lr)
+            freeze(model)
+            _say(f"  start {name}, seed {seed}: {time.monotonic() - started:.0f} s")
+        self._save(model, path)
+        return model
+
+    # ---- One run
+
+    def run(self, run: Run) -> dict:
+        """Trains and judges; writes the JSON at the end and returns it."""
+        started, curve, losses = time.monotonic(), [], {}
+        size, variant, extra = self.size, VARIANTS.get(run.variant), {}
+        if variant is None:
+            model, blank, steps, lr = self.teacher(), False, size.teacher_steps, size.teacher_lr
+            extra = json.loads((self.teacher_work / "teacher.json").read_text())
+        else:
+            model = self.start(run.start, run.seed, variant.narrow)
+            freeze(model, variant.freeze)
+            blank, steps, lr = variant.blank, size.steps, size.lr * variant.lr
+            if variant.equal_flops:
+                extra["flops"] = self.flops_ratio()
+                steps = round(steps * extra["flops"])
+            feed = self.feed("train", "students", size.samples)
+            teacher = None if variant.options is None else self.teacher()
+            set_seed(run.seed)
+            method = variant.method(model, teacher, feed.batch(slice(0, 330))["pixel_values"])
+            order = orders(len(feed), steps, size.batch_size, run.seed)
+            each = self._watch(run.variant, model, steps, curve, started, losses, quiet=True, blank=blank)
+            train(method, feed, order, lr=lr, blank=blank, each=each)
+            extra |= {"curve": curve, "losses": {name: float(total) for name, total in losses.items()}}
+        judged = self.feed(run.split, run.split, size.judged)
+        scores = score(model, judged, blank=blank)
+        result = {
+            "size": size.name,
+            "variant": run.variant,
+            "start": run.start,
+            "seed": run.seed,
+            "split": run.split,
+            "average": average(scores),
+            "skills": {name: scores[name] for name in world.SKILLS},
+            "locate": scores[world.LOCATE],
+            "chance": {name: 100 * share for name, share in world.chance(judged.samples).items()},
+            "steps": steps,
+            "lr": lr,
+            "seconds": time.monotonic() - started,
+            **extra,
+            "evidence": True if size.evidence else NOT_EVIDENCE,
+            "weights": weights_hash(model),
+            "settings": digest(self.settings(run)),
+            "commit": _commit(),
+            "machine": _machine(self.device),
+        }
+        write_json(self.out / run.file, result)
+        return result
+
+    def flops_ratio(self) -> float:
+        """Arithmetic of one step of the paper's variant over one of SFT, counted on 4 samples, attention included."""
+        counts = []
+        with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng():
+            teacher = parts.build_model(self.size, self.size.teacher, self.size.vision)
+            for name in ("switch_kd", "sft"):
+                student = parts.build_model(self.size, self.size.student, self.size.vision)
+                feed = Feed.of(draw("train", 11, 0, self.size.image), self.size.image_tokens)
+                method = VARIANTS[name].method(student, teacher, feed.batch(slice(0, 4))["pixel_values"])
+                with FlopCounterMode(display=False) as counter:
+                    method(**feed.batch(slice(0, 4))).loss.backward()
+                counts.append(counter.get_total_flops())
+        return counts[0] / counts[1]
+
+    def feed(self, split: str, stream: str, count: int) -> Feed:
+        """`count` samples on the device, kept for the next run of this process; `stream` names what they are for."""
+        key = (split, stream, count)
+        if key not in self._feeds:
+            self._feeds[key] = self._draw(*key)
+        return self._feeds[key]
+
+    def _draw(self, split: str, stream: str, count: int) -> Feed:
+        seed = TRAIN_SEEDS.get(stream, 0)
+        if self.drawers > 1 and count > 10_000:
+            with ProcessPoolExecutor(self.drawers, mp_context=get_context("spawn")) as pool:
+                samples = draw(split, count, seed, self.size.image, pool)
+        else:
+            samples = draw(split, count, seed, self.size.image)
+        return Feed.of(samples, self.size.image_tokens, self.device)
+
+    def _watch(self, name, model, steps, curve, started, losses=None, *, quiet=False, blank=False):
+        """What `train` calls: the validation average at `CURVE` points, and the mean terms of the last tenth."""
+        count, points = CURVE
+        feed, marks = self.feed("validation", "curve", count), {round(steps * (i + 1) / points) for i in range(points)}
+
+        def each(step: int, named: dict) -> None:
+            if losses is not None and step > steps - max(steps // 10, 1):
+                for term, value in named.items():
+                    losses[term] = losses.get(term, 0.0) + value / max(steps // 10, 1)
+            if step in marks:
+                curve.append([step, round(average(score(model, feed, blank=blank)), 2)])
+                if not quiet:
+                    seconds = time.monotonic() - started
+                    _say(f"  {name}: step {step} of {steps}, average {curve[-1][1]:.1f}, {seconds:.0f} s")
+
+        return each
+
+    def _save(self, module: nn.Module, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+        state = module.state_dict()
+        save_file({name: value.cpu().clone() for name, value in state.items()}, staged)  # tied ones each by its name
+        os.replace(staged, path)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _load(module: nn.Module, path: Path) -> None:
+    module.load_state_dict(load_file(path))
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
+    staged.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(staged, path)
+
+
+def digest(settings: dict) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Of all weights as they are in float32."""
+    sha = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        sha.update(name.encode())
+        sha.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+@functools.lru_cache
+def _world(size: int) -> str:
+    """A fingerprint of the samples: of 330 of each split."""
+    sha = hashlib.sha256()
+    for split in world.SPLITS:
+        samples = world.make_samples(split, 330, 0, skills=ALL_SKILLS, size=size)
+        for part in (samples.images, samples.questions, samples.answers):
+            sha.update(part.tobytes())
+    return sha.hexdigest()[:10]
+
+
+@functools.lru_cache
+def _commit() -> str:
+    """Of the working tree, with "+" where it has changes; "unknown" outside a repository."""
+    root = Path(__file__).parent
+    try:
+        commit, changes = (
+            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "*.py"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+" if changes else "")
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"

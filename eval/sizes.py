@@ -1,0 +1,115 @@
+"""What a ten-skills experiment of one size is made of: models, samples, steps."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+SEEDS = (0, 1, 2)  # variants are chosen on these, and on the validation split
+CONFIRM_SEEDS = (3, 4, 5)  # and confirmed on these, and on the test split
+
+
+@dataclass(frozen=True)
+class Size:
+    """One size of the experiment; widths, layers and steps of everything that is trained.
+
+    vision, teacher, student: width and layers of the vision tower (one for both, as in a TinyLLaVA pair) and of the
+    language models. narrow: those of the tower of the students that need a switch adapter.
+    tower_steps, apart_steps: dense pretraining of the teacher's tower and of the students' own one, which lies apart
+    from it. start_steps: cross entropy alone on other samples, which every student has behind it when the variants
+    part, as a distilled student comes from pretraining and SFT; its tower is frozen there as in TinyLLaVA's recipe.
+    steps: of each run; `equal flops` has more. samples: that a run draws its batches from. judged: samples of the
+    validation and of the test split. `batch_size` holds for all but the towers (`tower_batch`).
+    evidence: False marks results as a check of the machinery.
+    """
+
+    name: str
+    image: int
+    patch: int
+    vision: tuple[int, int]
+    teacher: tuple[int, int]
+    student: tuple[int, int]
+    narrow: tuple[int, int]
+    tower_steps: int
+    apart_steps: int
+    tower_batch: int
+    tower_lr: float
+    teacher_steps: int
+    teacher_samples: int
+    teacher_lr: float
+    start_steps: int
+    steps: int
+    samples: int
+    batch_size: int
+    teacher_batch: int
+    lr: float
+    judged: int
+    evidence: bool
+    pieces: tuple[str, ...]
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.image // self.patch) ** 2
+
+    def settings(self) -> dict:
+        """What decides a run's result; which pieces are run does not."""
+        return {name: value for name, value in asdict(self).items() if name not in ("pieces", "evidence")}
+
+    def teacher_settings(self) -> dict:
+        """What decides the teacher: its weights are kept where only the students' settings change."""
+        own = ("vision", "teacher", "tower_steps", "tower_batch", "tower_lr")
+        own += ("teacher_steps", "teacher_samples", "teacher_lr", "teacher_batch")
+        return {name: value for name, value in self.settings().items() if name in ("name", "image", "patch", *own)}
+
+
+SIZES = {
+    "cpu": Size(
+        name="cpu",
+        image=48,
+        patch=12,
+        vision=(64, 3),
+        teacher=(96, 3),
+        student=(48, 2),
+        narrow=(48, 2),
+        tower_steps=450,
+        apart_steps=300,
+        tower_batch=64,
+        tower_lr=2e-3,
+        teacher_steps=2000,
+        teacher_samples=66_000,
+        teacher_lr=3e-3,
+        start_steps=450,
+        steps=130,
+        samples=16_500,
+        batch_size=32,
+        teacher_batch=64,
+        lr=3e-3,
+        judged=2200,
+        evidence=False,
+        pieces=("core", "few"),
+    ),
+    "gpu": Size(
+        name="gpu",
+        image=48,
+        patch=8,
+        vision=(192, 4),
+        teacher=(256, 6),
+        student=(128, 4),
+        narrow=(128, 3),
+        tower_steps=3000,
+        apart_steps=200,
+        tower_batch=256,
+        tower_lr=1e-3,
+        teacher_steps=6000,
+        teacher_samples=660_000,
+        teacher_lr=1e-3,
+        start_steps=0,
+        steps=500,
+        samples=128_700,
+        batch_size=256,
+        teacher_batch=256,
+        lr=1e-3,
+        judged=11_000,
+        evidence=True,
+        pieces=("core", "divergence", "knee", "temperature", "weights", "encoder", "schedule", "seen"),
+    ),
+}

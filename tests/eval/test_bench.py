@@ -1,0 +1,48 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_size import TINY
+
+from eval.bench import NOT_EVIDENCE, Bench, Run
+from eval.fast_step import average
+from switchkd.data import ten_skills as world
+
+
+def test_a_run_is_the_same_twice_and_another_seed_is_not(bench, tmp_path):
+    run = Run("switch_kd", "apart", 0, "validation")
+    first = bench.run(run)
+    torch.manual_seed(99)  # what came before must not matter
+    again = Bench(TINY, tmp_path / "out2", tmp_path / "work2").run(run)
+    other = bench.run(Run("switch_kd", "apart", 1, "validation"))
+    assert (first["average"], first["weights"]) == (again["average"], again["weights"])
+    assert first["weights"] != other["weights"]
+    kept = json.loads((tmp_path / "out" / run.file).read_text())
+    wanted = "size variant start seed average skills chance commit machine seconds steps lr split settings curve"
+    assert set(wanted.split()) <= set(kept)
+    assert kept["evidence"] == NOT_EVIDENCE
+    assert kept["average"] == pytest.approx(average(kept["skills"]))
+    assert list(kept["skills"]) == list(world.SKILLS)
+
+
+def test_variants_of_a_seed_begin_at_the_same_student(bench):
+    starts = [bench.start("apart", 0).state_dict() for _ in range(2)]
+    assert all(torch.equal(starts[0][name], starts[1][name]) for name in starts[0])
+    twin = bench.start("teacher", 0).model.vision_tower.state_dict()
+    teachers = bench.teacher().model.vision_tower.state_dict()
+    assert all(torch.equal(twin[name], teachers[name]) for name in twin)
+
+
+def test_a_blind_student_stays_near_chance(bench):
+    size = replace(TINY, steps=150, samples=2200, batch_size=32, judged=2200, start_steps=0, lr=1e-2)
+    blind = Bench(size, bench.out, bench.work.parent).run(Run("blind", "apart", 0, "validation"))
+    chance = average(blind["chance"])
+    assert chance - 6 < blind["average"] < chance + 3
+    assert all(blind["skills"][name] < blind["chance"][name] + 8 for name in world.SKILLS)
+
+
+def test_equal_flops_takes_more_steps(bench):
+    ratio = bench.flops_ratio()
+    assert 1.5 < ratio < 10
+    assert bench.run(Run("sft_equal_flops", "apart", 0, "validation"))["steps"] == round(TINY.steps * ratio)

@@ -1,0 +1,71 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny_size import TINY
+
+from eval import parts
+from eval.fast_step import Feed, draw
+from eval.sizes import SIZES
+from eval.variants import PIECES, VARIANTS, Scheduled
+from switchkd.methods import SwitchKD
+from switchkd.models import freeze
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_both_sizes_build_and_every_variant_takes_a_step(name):
+    size = SIZES[name]
+    torch.manual_seed(0)
+    teacher = parts.build_model(size, size.teacher, size.vision)
+    parameters = sum(parameter.numel() for parameter in teacher.parameters())
+    if name == "gpu":
+        assert 5e6 < parameters < 8e6
+    feed = Feed.of(draw("train", 11, 0, size.image), size.image_tokens)
+    for variant in VARIANTS.values():
+        if name == "gpu" and variant.name not in ("switch_kd", "narrow_switch", "kl_seen"):
+            continue
+        student = parts.build_model(size, size.student, size.narrow if variant.narrow else size.vision)
+        freeze(student, variant.freeze)
+        batch = feed.batch(slice(0, 11))
+        terms = variant.method(student, teacher, batch["pixel_values"])(**batch)
+        terms.loss.backward()
+        assert torch.isfinite(terms.loss)
+        wanted = {"ce"} | {key for key in ("align", "switch", "feature") if (variant.options or {}).get(key)}
+        assert set(terms.named) == wanted, variant.name
+        tower = student.model.vision_tower.embeddings.patch_embedding.weight
+        assert (tower.grad is None) == bool(variant.freeze), variant.name
+
+
+def test_pieces_name_each_variant_once_but_for_the_few():
+    names = [variant.name for piece, variants in PIECES.items() if piece != "few" for variant in variants]
+    assert len(set(names)) == len(names) == len(VARIANTS)
+    for size in SIZES.values():
+        assert set(size.pieces) <= set(PIECES)
+
+
+def test_scheduled_terms_keep_their_mean_weight():
+    torch.manual_seed(0)
+    models = [parts.build_model(TINY, width, TINY.vision) for width in (TINY.student, TINY.teacher)]
+    method = Scheduled(*models, late=False, align="forward_kl", switch="forward_kl", switch_weight=3.0)
+    seen = []
+    for step in range(101):
+        method.progress(step / 100)
+        seen.append(method.weights["switch"])
+        assert method.weights["ce"] == 1.0
+    assert seen[0] == pytest.approx(6.0)
+    assert seen[-1] == pytest.approx(0.0)
+    assert np.mean(seen) == pytest.approx(3.0)
+
+
+def test_positions_count_where_the_picture_changes_the_teacher(samples):
+    torch.manual_seed(0)
+    student = parts.build_model(TINY, TINY.student, TINY.vision)
+    teacher = parts.build_model(TINY, TINY.teacher, TINY.vision)
+    batch = Feed.of(samples, TINY.image_tokens).batch(slice(0, 22))
+    plain = SwitchKD(student, teacher, align="forward_kl", switch="forward_kl")(**batch).named
+    seen = VARIANTS["kl_seen"].method(student, teacher, batch["pixel_values"])
+    seen.nats = 0.0  # any change counts, and every position changes at least a little
+    assert seen(**batch).named["align"] == pytest.approx(float(plain["align"]), rel=1e-4)
+    seen.nats = math.inf
+    assert seen(**batch).named["align"] == 0.0 == seen(**batch).named["switch"]
