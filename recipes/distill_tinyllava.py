@@ -34,6 +34,7 @@ from switchkd.training.memory import keep_freed_memory
 from switchkd.training.stages import (
     StageData,
     build_method,
+    is_finished,
     stages_of,
     start_run,
     start_student,
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> Path:
     teacher_path = config.teacher.path or TEACHER
     if config.teacher.steps:
         teacher_path = run.model("teacher")
-        if not teacher_path.exists():
+        if not is_finished(run, "teacher"):
             freeze(teacher)
             rates = {"lr": config.teacher.lr, "encoder_lr": None, "projector_lr": None}
             settings = replace(config.train, steps=config.teacher.steps, **rates)
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> Path:
     dtype = torch.bfloat16 if config.train.bf16 else torch.float32
     teacher, teachers_processor = load_teacher(config, teacher_path, dtype)
     for stage in stages:
-        if not run.model(stage.name).exists():
+        if not is_finished(run, stage.name):
             train_stage(run, stage, data.samples(stage.config.data), teacher, shared)
 
     if questions:

@@ -22,7 +22,7 @@ from switchkd.rehearsal import rehearse
 from switchkd.runs import RunFolder
 from switchkd.training import process_state
 from switchkd.training.memory import keep_freed_memory
-from switchkd.training.stages import StageData, stages_of, start_run, start_student, train_stage
+from switchkd.training.stages import StageData, is_finished, stages_of, start_run, start_student, train_stage
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> Path:
     run = run or start_run(config)
     state.print(f"run folder: {run.path}")
     for stage in stages:
-        if not run.model(stage.name).exists():
+        if not is_finished(run, stage.name):
             train_stage(run, stage, data.samples(stage.config.data))
 
     if questions:

@@ -13,9 +13,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
+
+Part = Literal["vision_tower", "projector", "language_model"]
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ class StudentConfig:
     image_processor: str | None = None
     """Folder or Hub name whose picture settings (size, crop, mean) an assembled student takes; left out, those
     saved beside its vision tower, and where there are none a square of the tower's size."""
-    freeze: tuple[str, ...] = ()
+    freeze: tuple[Part, ...] = ()
     """Parts that are not trained: vision_tower, projector, language_model."""
 
     def __post_init__(self):
@@ -276,7 +278,8 @@ class TrainConfig:
                     "divides it"
                 )
             accumulation = self.global_batch_size // micro_batch
-        steps = self.steps or max(1, math.ceil(self.epochs * samples / (micro_batch * accumulation)))
+        an_epoch = math.ceil(math.ceil(samples / micro_batch) / accumulation)  # each begins a step of its own
+        steps = self.steps or max(1, math.ceil(self.epochs * an_epoch))
         return replace(self, steps=steps, gradient_accumulation_steps=accumulation, global_batch_size=None)
 
 
@@ -288,10 +291,14 @@ class StageConfig:
     """What this stage trains on; its test part is not used."""
     train: TrainConfig
     """Optimisation of this stage."""
-    freeze: tuple[str, ...] = ()
+    freeze: tuple[Part, ...] = ()
     """Parts that this stage does not train: vision_tower, projector, language_model."""
     method: MethodConfig | None = None
     """How this stage learns from the teacher; null: cross entropy alone."""
+
+    def without_test(self) -> StageConfig:
+        """The same without a test part: only the last stage's student is judged."""
+        return replace(self, data=replace(self.data, test_split=None))
 
 
 @dataclass(frozen=True)
@@ -345,6 +352,8 @@ class RunConfig:
             raise ValueError(f"name is {self.name!r}, it must be the name of one folder")
         for prefix, stage in self.stages().items():
             frozen = "student.freeze" if prefix == "" else f"{prefix}freeze"
+            if set(stage.freeze) == set(get_args(Part)):
+                raise ValueError(f"{frozen} names every part of the student, so that nothing is trained: leave one out")
             for name, part in (("encoder_lr", "vision_tower"), ("projector_lr", "projector")):
                 if part in stage.freeze and (rate := getattr(stage.train, name)) is not None:
                     raise ValueError(f"{prefix}train.{name} is {rate} but {frozen} names {part}: drop one of them")
@@ -358,8 +367,8 @@ class RunConfig:
         """The stages in order, by the prefix of their fields: "pretrain.", "sft." and "" for the last."""
         method = self.method if self.method.distils else None
         last = StageConfig(self.data, self.train, self.student.freeze, method)
-        stages = {"pretrain.": self.pretrain, "sft.": self.sft, "": last}
-        return {prefix: stage for prefix, stage in stages.items() if stage is not None}
+        earlier = {"pretrain.": self.pretrain, "sft.": self.sft}
+        return {prefix: stage.without_test() for prefix, stage in earlier.items() if stage is not None} | {"": last}
 
     @property
     def folder(self) -> Path:
@@ -415,7 +424,7 @@ def save_config(config: RunConfig, path: str | os.PathLike) -> None:
 
 def weight_fields(config: RunConfig) -> dict[str, Any]:
     """The fields that decide a run's weights, by dotted name: all but names, places, judging and what is kept."""
-    free = (".root", "data.in_memory", "train.data_workers", "train.keep_checkpoints")
+    free = (".root", ".made_by", "data.in_memory", "train.data_workers", "train.keep_checkpoints")
     free += ("train.logging_steps", "train.checkpoint_every")
     flat: dict[str, Any] = {"seed": config.seed}
     for part in ("pretrain", "sft", "data", "teacher", "student", "method", "train"):

@@ -39,9 +39,16 @@ def rehearse(config: RunConfig) -> RunConfig:
 
     Random weights follow the part's shape, so that a tower that student and teacher share is shared here too. A second
     call writes the same parts and gives an equal configuration: a rehearsal resumes as its run would. Only LLaVA data
-    is replaced by samples of the package; of other sources the first dozen is taken. Of several processes the first
-    writes. Raises as `part_config` and `teacher_config` do, where the kind of a part cannot be found out.
+    and mixtures are replaced by samples of the package; of other sources a dozen is taken at random. Of several
+    processes the first writes. Raises ValueError where the teacher would become tiny and the student's tower not, and
+    as `part_config` and `teacher_config` do, where the kind of a part cannot be found out.
     """
+    student = config.student
+    if config.teacher.path and not (student.path or student.vision_tower):
+        raise ValueError(
+            f"teacher.path is {config.teacher.path} and student.vision_tower is left out: a rehearsal makes the "
+            "teacher tiny, and the package's own tower then sees other pictures; name the student's tower too"
+        )
     folder = Path(config.out) / f".{config.name}-tiny"
     state = PartialState()
     with state.main_process_first():
@@ -49,9 +56,9 @@ def rehearse(config: RunConfig) -> RunConfig:
             write_llava_sample(folder / "data")
             _write_parts(config, folder)
     stages = {prefix: _tiny_stage(stage, folder / "data") for prefix, stage in config.stages().items()}
-    teacher, student = config.teacher, config.student
+    teacher = replace(config.teacher, steps=min(config.teacher.steps, 2))
     if teacher.path:
-        teacher = replace(teacher, path=str(folder / "teacher"), made_by=None, steps=min(teacher.steps, 2))
+        teacher = replace(teacher, path=str(folder / "teacher"), made_by=None)
     if student.path:
         student = replace(student, path=str(folder / "student"))
     if student.vision_tower:
@@ -149,13 +156,13 @@ def _tiny_stage(stage: StageConfig, folder: Path) -> StageConfig:
 
 
 def _tiny_data(data: DataConfig, folder: Path) -> DataConfig:
-    images = {"train_images": SAMPLES, "test_images": SAMPLES}
-    if data.source == "llava":
-        root, train_split = _sample(data.train_split, folder)
-        test_split = data.test_split and _sample(data.test_split, folder)[1]
-        mixture = tuple(PartConfig("llava", *_sample(part.split, folder), part.weight) for part in data.mixture)
-        return replace(data, root=root, train_split=train_split, test_split=test_split, mixture=mixture, **images)
-    return replace(data, **images)
+    parts = (PartConfig("llava", *_sample(part.split, folder), min(part.weight, 1.0)) for part in data.mixture)
+    data = replace(data, train_images=SAMPLES, test_images=SAMPLES, mixture=tuple(parts))
+    if data.source != "llava":
+        return data
+    root, train_split = _sample(data.train_split, folder)
+    test_split = data.test_split and _sample(data.test_split, folder)[1]
+    return replace(data, root=root, train_split=train_split, test_split=test_split)
 
 
 def _sample(name: str, folder: Path) -> tuple[str, str]:

@@ -54,10 +54,11 @@ class RunFolder:
             weight_fields(load_config(["--config", str(path / "config.yaml")])),
             weight_fields(config),
         )
-        for field in now:
-            if before[field] != now[field]:
+        for field in [*now, *(before.keys() - now.keys())]:
+            old, new = before.get(field, "not set"), now.get(field, "not set")
+            if old != new:
                 raise ValueError(
-                    f"{path / 'config.yaml'} has {field} {before[field]}, this run {now[field]}: resume with the same "
+                    f"{path / 'config.yaml'} has {field} {old}, this run {new}: resume with the same "
                     "configuration, or start a new run without --resume"
                 )
         return cls(path, config)

@@ -83,6 +83,11 @@ def test_saved_config_reads_back_equal(tmp_path):
             ["--name", "a", "--student.freeze", "[language_model]", "--train.lora_rank", "8"],
             "train.lora_rank is 8 but student.freeze names language_model",
         ),
+        (
+            ["--name", "a", "--student.freeze", "[vision_tower, projector, language_model]"],
+            "student.freeze names every part of the student, so that nothing is trained",
+        ),
+        (["--name", "a", "--student.freeze", "[vision]"], "student.freeze"),
         (["--config", "{stage}"], "sft.train.projector_lr is 0.001 but sft.freeze names projector: drop one"),
         (["--config", "{weight}"], "data.mixture: the weight of a.json is -1.0, it must be above 0"),
         (["--name", "a", "--train.steps", "0"], "train.steps is 0, it must be 1 or more"),
@@ -233,8 +238,10 @@ def test_a_bare_flag_is_true(flag):
     ("settings", "processes", "steps", "accumulation"),
     [
         ({"epochs": 1}, 1, 7, 1),  # 100 samples in batches of 16
-        ({"epochs": 2.5}, 1, 16, 1),
+        ({"epochs": 2.5}, 1, 18, 1),
+        ({"epochs": 5, "batch_size": 128}, 1, 5, 1),
         ({"epochs": 1, "gradient_accumulation_steps": 4}, 1, 2, 4),
+        ({"epochs": 3, "gradient_accumulation_steps": 4}, 1, 6, 4),  # each epoch begins a step of its own
         ({"epochs": 1, "global_batch_size": 64}, 2, 2, 2),
         ({"steps": 9, "global_batch_size": 32}, 2, 9, 1),
     ],

@@ -7,7 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from switchkd.config import DataConfig, MethodConfig, RunConfig, StudentConfig, TrainConfig, load_config
+from switchkd.config import (
+    DataConfig,
+    MethodConfig,
+    PartConfig,
+    RunConfig,
+    StageConfig,
+    StudentConfig,
+    TrainConfig,
+    load_config,
+)
 from switchkd.runs import RunFolder
 
 
@@ -81,6 +90,21 @@ def test_resume_under_another_configuration(config, change, message):
     RunFolder.start(config)
     with pytest.raises(ValueError, match=rf"plate/config\.yaml {message}: resume with the same configuration, or"):
         RunFolder.resume(replace(config, **change))
+
+
+def test_fields_that_only_one_of_the_configurations_has_are_compared(config):
+    stage = StageConfig(DataConfig(), TrainConfig())
+    part = PartConfig("llava", "images", "a.json")
+    mixed = replace(config, data=replace(config.data, mixture=(part, replace(part, weight=3.0))))
+    for before, now, field in (
+        (replace(config, pretrain=stage), config, "pretrain"),
+        (config, replace(config, pretrain=stage), "pretrain"),
+        (mixed, replace(mixed, data=replace(mixed.data, mixture=(part,))), "data.mixture.1"),
+        (mixed, config, "data.mixture"),
+    ):
+        started = RunFolder.start(before)
+        with pytest.raises(ValueError, match=rf"has {field}.*not set"):
+            RunFolder.resume(replace(now, name=started.path.name))
 
 
 def test_files_are_json_and_json_lines(config):

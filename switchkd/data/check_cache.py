@@ -20,7 +20,7 @@ from switchkd.data.conversations import Conversation
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the check finds other things than before
+FORMAT = 2  # raise it when the check finds other things than before
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ from switchkd.data.images import StoredImage, check_image, inside
 from switchkd.data.parquet import ParquetImage, parquet_rows
 
 IMAGE_MARK = "<image>"
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 ROLES = ("system", "user", "assistant")
 LLAVA_ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
@@ -75,6 +77,8 @@ def check_messages(messages: list[dict], images: list, where: str) -> None:
                 marks += 1
             elif known == "text" and isinstance(item.get("text"), str):
                 marks += item["text"].count(IMAGE_MARK)
+                if LONE_SURROGATE.search(item["text"]):
+                    raise ValueError(f"{where}: its text holds half a character (a lone surrogate): correct it")
             else:
                 raise ValueError(
                     f'{where}: unknown content item {item!r}; known are {{"type": "image"}} and'
@@ -259,11 +263,16 @@ def _field(record: Any, name: str, where: str, items: str) -> list:
     return value
 
 
+def _kinds(names: Any) -> str:
+    kinds = {type(each).__name__ for each in names} if isinstance(names, list) else {type(names).__name__}
+    return ", ".join(sorted(kinds))
+
+
 def _conversation(
     record: dict, path: Path, number: int, messages: list[dict], names: Any, image_root: str | Path, where: str
 ) -> Conversation:
     if not isinstance(names, list) or not all(isinstance(name, str | ParquetImage) for name in names):
-        raise ValueError(f"{where}: image paths must be text or a list of texts, but are {names!r}")
+        raise ValueError(f"{where}: image paths must be text or a list of texts, but are {_kinds(names)}")
     try:
         images = [inside(image_root, name) if isinstance(name, str) else name for name in names]
     except ValueError as error:

@@ -90,6 +90,8 @@ def _images(cell: Any, pictures: Any, row: int, path: Path) -> list[Any]:
     import pyarrow
 
     images: list[Any] = []
+    if cell.is_valid and not isinstance(cell, pyarrow.ListScalar):
+        raise ValueError(f"{path}, row {row}: images must be a list of paths or pictures, but is a {cell.type}")
     for index, item in enumerate(cell.values if cell.is_valid else ()):
         if not isinstance(item, pyarrow.StructScalar):
             images.append(item.as_py())
@@ -102,8 +104,8 @@ def _images(cell: Any, pictures: Any, row: int, path: Path) -> list[Any]:
 
 def _without_nulls(messages: Any) -> Any:
     """Arrow gives every content item every key: an image's "text" is None."""
-    for message in messages or ():
-        if isinstance(message.get("content"), list):
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict) and isinstance(message.get("content"), list):
             message["content"] = [
                 {key: value for key, value in item.items() if value is not None} if isinstance(item, dict) else item
                 for item in message["content"]

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from switchkd.data.bad_samples import Faults, check_rate, logger
 from switchkd.data.check_cache import CheckOutcome, load_outcome, outcome_key, save_outcome
 from switchkd.data.conversations import Conversation, check_conversation
-from switchkd.data.tokens import IGNORE, answer_labels, answer_spans, cut, process, refuse_slow, tokenize
+from switchkd.data.tokens import IGNORE, answer_labels, answer_spans, check_marks, cut, process, refuse_slow, tokenize
 
 LARGE = 10_000  # conversations from which on a progress bar, and workers, are worth it
 AT_ONCE = 250
@@ -55,6 +55,7 @@ class SampleCheck:
         check_conversation(conversation)
         where = f"conversation {conversation.id!r}"
         text, spans = answer_spans(conversation.messages, self.processor, where)
+        check_marks(text, conversation.images, self.processor, where)
         ids, offsets = tokenize(text, self.processor)
         labels = answer_labels(ids, offsets, spans, self.processor, where)
         # Only the length is asked for: far cheaper than tokenizing the expanded text.
@@ -88,8 +89,8 @@ def check_samples(
     check = SampleCheck(processor, max_length)
     key = cache and outcome_key(conversations, processor, check.tokens_an_image, max_length)
     outcome = cache and load_outcome(cache, key, len(conversations))
-    if outcome and not _bad_as_before(conversations, outcome, check):
-        logger.warning("samples that were bad at an earlier start are good now: all are checked again")
+    if outcome and not _as_before(conversations, outcome, check):
+        logger.warning("images have come or gone since an earlier start: all samples are checked again")
         outcome = None
     if outcome is None:
         outcome = _outcome(conversations, _checked(conversations, check, workers), first_ends=max_bad_rate == 0)
@@ -104,9 +105,14 @@ def check_samples(
     return outcome
 
 
-def _bad_as_before(conversations: Sequence[Conversation], outcome: CheckOutcome, check: SampleCheck) -> bool:
-    """Whether what an earlier check found bad still is: a missing image may have come since."""
-    bad = [each for each, length in zip(conversations, outcome.lengths, strict=True) if length == 0]
+def _as_before(conversations: Sequence[Conversation], outcome: CheckOutcome, check: SampleCheck) -> bool:
+    """Whether what an earlier check found bad still is, and the image files of the rest are there."""
+    bad = []
+    for conversation, length in zip(conversations, outcome.lengths, strict=True):
+        if length == 0:
+            bad.append(conversation)
+        elif not all(os.path.isfile(image) for image in conversation.images if isinstance(image, str | Path)):
+            return False
     chunks = _Chunks(bad, check)
     return all(found.fault for index in range(len(chunks)) for found in chunks[index])
 

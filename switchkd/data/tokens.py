@@ -93,16 +93,21 @@ def tokenize(text: str, processor: Any) -> tuple[torch.Tensor, np.ndarray]:
     return torch.from_numpy(np.array(encoded["input_ids"], np.int64)), offsets.reshape(-1, 2)
 
 
-def process(
-    text: str, images: Sequence, processor: Any, where: str, *, return_offsets_mapping: bool = False
-) -> dict[str, torch.Tensor]:
-    """The processor's input_ids [T], and if asked or there offset_mapping [T, 2] and pixel_values."""
+def check_marks(text: str, images: Sequence, processor: Any, where: str) -> None:
+    """ValueError where the template wrote another number of image marks than there are images."""
     marks = text.count(processor.image_token)
     if marks != len(images):
         raise ValueError(
             f"{where}: the chat template wrote {marks} {processor.image_token} marks for {len(images)}"
             " images; use a template that writes one for each image"
         )
+
+
+def process(
+    text: str, images: Sequence, processor: Any, where: str, *, return_offsets_mapping: bool = False
+) -> dict[str, torch.Tensor]:
+    """The processor's input_ids [T], and if asked or there offset_mapping [T, 2] and pixel_values."""
+    check_marks(text, images, processor, where)
     try:
         pictures = [load_image(image) for image in images]
     except (ValueError, FileNotFoundError) as error:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoProcessor,
@@ -33,10 +34,14 @@ def load_llava(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A LLaVA model and its processor from a folder or a Hub name; safetensors only, no remote code.
 
-    Raises FileNotFoundError for a folder without config.json and ValueError for a model of another class.
+    Raises FileNotFoundError for a folder without config.json and ValueError for a model of another class or
+    weights that cannot be read.
     """
     saved_config(path)
-    model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    try:
+        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} has weights that cannot be read ({error}): copy or download it again") from error
     return model, AutoProcessor.from_pretrained(path)
 
 

@@ -11,7 +11,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 class LengthGrouped(Sampler[int]):
-    """Indices in random order, in which neighbours have about one length: transformers' megabatches, each sorted.
+    """Indices in which neighbours have about one length, in steps of random order: transformers' megabatches, shuffled.
 
     lengths: tokens of each sample. together: samples of one optimizer step over all processes. The order follows
     `seed` and the epoch alone, so that every process and a resumed run see the same one.
@@ -32,7 +32,12 @@ class LengthGrouped(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.together, generator=generator))
+        grouped = get_length_grouped_indices(self.lengths, self.together, generator=generator)
+        steps = [grouped[start : start + self.together] for start in range(0, len(grouped), self.together)]
+        # As they come, each megabatch runs from long to short. A last step that is not full stays the last.
+        full = len(grouped) // self.together
+        order = [*torch.randperm(full, generator=generator).tolist(), *range(full, len(steps))]
+        return (index for step in order for index in steps[step])
 
 
 def sample_lengths(dataset: Dataset | Sequence[dict[str, Any]]) -> list[int]:

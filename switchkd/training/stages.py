@@ -77,6 +77,7 @@ class StageData:
                         workers=min(16, os.cpu_count() or 1),
                     )
                 state.print(f"{stage.name}: {len(self._sets[data]):,} training samples")
+            stage.config.train.settled(len(self._sets[data]), state.num_processes)
 
     def questions(self, data: DataConfig) -> list[Conversation]:
         """The test questions of `data`, checked; [] where it names no test part."""
@@ -101,6 +102,14 @@ def start_run(config: RunConfig) -> RunFolder:
     """The run's folder, made by the first process and known to all."""
     folder = [RunFolder.start(config) if PartialState().is_main_process else None]
     return broadcast_object_list(folder)[0]
+
+
+def is_finished(run: RunFolder, name: str) -> bool:
+    """Whether stage `name` of the run has its stock checkpoint; what a kill after that left to resume from goes."""
+    finished = run.model(name).exists()
+    if finished and PartialState().is_main_process:
+        shutil.rmtree(run.checkpoints(name), ignore_errors=True)
+    return finished
 
 
 def start_student(config: RunConfig, stage: Stage, run: RunFolder | None = None) -> tuple:

@@ -95,7 +95,7 @@ def test_messages_lines(picture):
         (llava("<image> Hi", "  ", image="plate.jpg"), "empty answer"),
         (llava("Hi", "Yes", image="plate.jpg"), "has 1 images but 0 <image> marks"),
         (llava("<image> Hi", "Yes"), "has 0 images but 1 <image> marks"),
-        (llava("Hi", "Yes", image=3), "image paths must be text or a list of texts, but are 3"),
+        (llava("Hi", "Yes", image=3), "image paths must be text or a list of texts, but are int"),
         (
             {"conversations": [{"from": "tool", "value": "x"}]},
             "unknown role 'tool' .*known roles are system, hu",

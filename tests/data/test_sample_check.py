@@ -78,7 +78,7 @@ def test_an_image_that_has_come_since_is_found(conversations, processor, picture
     shutil.copy(picture, picture.parent / "lost.jpg")
     again = ConversationDataset(conversations, processor, max_bad_rate=0.2, cache=tmp_path)
     assert len(again) == 24
-    assert "samples that were bad at an earlier start are good now" in caplog.text
+    assert "images have come or gone since an earlier start" in caplog.text
     counted.clear()
     assert len(ConversationDataset(conversations, processor, max_bad_rate=0.2, cache=tmp_path)) == 24
     assert len(counted) == 1
@@ -191,3 +191,34 @@ def test_a_dataset_travels_to_data_workers(conversations, processor):
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy.lengths == dataset.lengths
     assert torch.equal(copy[20]["labels"], dataset[20]["labels"])
+
+
+def test_an_image_that_has_gone_since_is_found_before_training(conversations, processor, picture, tmp_path, caplog):
+    ConversationDataset(conversations, processor, max_bad_rate=0.2, cache=tmp_path)
+    other = picture.parent / "other.jpg"
+    shutil.copy(picture, other)
+    more = [*conversations, Conversation("more", conversations[0].messages, [other], source="a.json")]
+    assert len(ConversationDataset(more, processor, max_bad_rate=0.2, cache=tmp_path)) == 24
+    other.unlink()
+    assert len(ConversationDataset(more, processor, max_bad_rate=0.2, cache=tmp_path)) == 23
+    assert "a.json: skipped 2 bad samples of 19: 2 missing files" in caplog.text
+
+
+def test_half_a_character_is_one_bad_sample_and_named(processor):
+    with pytest.raises(ValueError, match=r"conversation 'half': its text holds half a character"):
+        ConversationDataset([talk("Q", "caf\ud83d", name="half")], processor, max_bad_rate=0)
+
+
+def test_a_template_that_writes_one_mark_for_two_images_is_found(processor, picture):
+    one_mark = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{% if m['content'][0]['type'] == 'image' %}<image>{% endif %}{{ m['content'][-1]['text'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Q"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "A"}]},
+    ]
+    two = Conversation("two", messages, [picture, picture])
+    with pytest.raises(ValueError, match=r"conversation 'two': the chat template wrote 1 <image> marks for 2 images"):
+        ConversationDataset([two], with_template(processor, one_mark), max_bad_rate=0)

@@ -290,11 +290,6 @@ def test_bad_samples_beyond_the_rate_are_found(run, tmp_path):
     assert allowed.stages[-1].survey.samples == 12
 
 
-def test_freezing_everything_is_found(run):
-    frozen = StageConfig(run.data, TRAIN, freeze=("vision_tower", "projector", "language_model"))
-    assert "nothing is trained" in problems(make_plan(replace(run, pretrain=frozen), gpus=1))["pretrain.freeze"]
-
-
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [

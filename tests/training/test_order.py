@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from toy_run import broken_run, resumed_run, toy_trainer, weights_hash
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from switchkd.training.order import LengthGrouped, sample_lengths
 
@@ -24,6 +27,22 @@ def test_every_sample_once_an_epoch_with_little_padding():
     shuffled = torch.randperm(400, generator=torch.Generator().manual_seed(0)).tolist()
     assert padding(shuffled) > 0.5
     assert padding(order) < 0.15
+
+
+def test_steps_come_in_random_order_of_length():
+    order = list(LengthGrouped(LENGTHS, 8, seed=3))
+    steps = [sum(LENGTHS[index] for index in order[start : start + 8]) for start in range(0, 400, 8)]
+    falls = sum(before > after for before, after in itertools.pairwise(steps))
+    assert 15 < falls < 34  # of 49; sorted megabatches fall nearly always
+
+
+def test_a_last_step_that_is_not_full_stays_last():
+    lengths = LENGTHS[:43]
+    order = list(LengthGrouped(lengths, 8, seed=0))
+    assert sorted(order) == list(range(43))
+    grouped = get_length_grouped_indices(lengths, 8, generator=torch.Generator().manual_seed(0))
+    assert order[40:] == grouped[40:]
+    assert order[:40] != grouped[:40]
 
 
 def test_order_follows_seed_and_epoch_alone():

@@ -48,7 +48,7 @@ def config(tmp_path):
 def test_stages_of_one_data_section_share_their_samples(config):
     config = replace(config, data=replace(STEEL, in_memory=True))
     data = StageData(config, stages_of(config), tiny_processor())
-    last, first = data.samples(config.data), data.samples(config.pretrain.data)
+    last, first = data.samples(config.data), data.samples(stages_of(config)[0].config.data)
     assert data.samples(config.data) is last
     assert isinstance(last, list)
     assert len(last) == len(first) == 3
