@@ -72,13 +72,12 @@ class Sample:
 @dataclass(frozen=True)
 class Inspection:
     """stage: its name. data: its data section. summary: as `switchkd.data.summary.summarise` gives it. faults: what is
-    bad, by source. without_answer: good samples of which nothing is learnt."""
+    bad, by source, samples without an answer token among it."""
 
     stage: str
     data: DataConfig
     summary: Mapping[str, Any]
     faults: Sequence[Faults]
-    without_answer: int
     samples: Sequence[Sample]
 
 
@@ -109,7 +108,6 @@ def inspect_data(config: RunConfig, stage: str = "last", *, samples: int = 3, se
         data,
         summarise(dataset),
         dataset.faults,
-        dataset.answer_lengths.count(0),
         [read_sample(dataset, index) for index in picked],
     )
 
@@ -173,8 +171,6 @@ def show(found: Inspection, console: Console) -> None:
         if bad > found.data.max_bad_rate * faults.total:
             rate = f"{bad / faults.total:.2%} of {faults.what} are bad and max_bad_rate is {found.data.max_bad_rate}"
             _warn(console, f"{rate}: training would stop at its start")
-    if found.without_answer:
-        _warn(console, f"nothing would be learnt from {found.without_answer:,} samples: they have no answer token")
     for sample in found.samples:
         _show_sample(sample, found.summary["conversations"], console)
     if found.samples:
@@ -200,7 +196,6 @@ def _summary(found: Inspection) -> Table:
                             f"{length['p95']:,}"),
         ("cut by max_length", f"{summary['cut']:,} (max_length {found.data.max_length or 'not set'})"),
         ("answer tokens", f"{summary['answer_share']:.1%} of all"),
-        ("without answer tokens", f"{found.without_answer:,}"),
     ):  # fmt: skip
         table.add_row(label, value)
     return table
@@ -219,8 +214,6 @@ def _show_sample(sample: Sample, size: int, console: Console) -> None:
         console.print(Text(f"pixels: {list(sample.pixels)}"))
     total, image, answer = sample.tokens(), sample.tokens(kind="image"), sample.tokens(answer=True)
     console.print(Text(f"tokens: {total:,} = {image:,} image + {total - image - answer:,} prompt + {answer:,} answer"))
-    if not answer:
-        _warn(console, "it has no answer token: nothing would be learnt from it")
     console.print(marked(sample.parts), soft_wrap=True)
 
 

@@ -15,7 +15,7 @@ from switchkd.cli import app
 from switchkd.config import DataConfig, RunConfig, StageConfig, TrainConfig
 from switchkd.data import Conversation, ConversationDataset, encode
 from switchkd.data.steel import render_steel
-from switchkd.inspect import CLOSES, OPENS, Sample, inspect_data, marked, read_parts, read_sample, show
+from switchkd.inspect import CLOSES, OPENS, inspect_data, marked, read_parts, read_sample, show
 from switchkd.models.tiny import tiny_llama_tokenizer, tiny_processor
 
 TURNS = ("Is there any crazing?", "yes", "Café où? 裂纹 🙂", "là: 裂纹 🙂 [0, 12]", "Sure?", "no, none")
@@ -129,7 +129,6 @@ def test_the_summary_counts_good_and_bad_samples(config):
         "otherwise bad 1",
         "such as conversation 'gone'",
         "such as conversation 'forged'",
-        "without answer tokens 0",
         "cut by max_length 0 (max_length not set)",
     ):
         assert line in text
@@ -188,18 +187,6 @@ def test_a_stage_of_its_own_data(config):
     assert found.samples[0].images == ("in memory, 96 x 96",)
     with pytest.raises(ValueError, match="--stage is sft, but the run plate has pretrain, last"):
         inspect_data(config, "sft")
-
-
-def test_a_sample_without_an_answer_token_is_warned_of(config, processor):
-    encoded = encode(talk("Sure?", "yes"), processor)
-    encoded["labels"][:] = -100
-    parts = read_parts(encoded, processor)
-    assert OPENS not in marked(parts).plain
-    found = inspect_data(config, samples=0)
-    found = replace(found, samples=[Sample("c", 1, (), parts)], without_answer=1)
-    text = shown(found)
-    assert "WARNING: it has no answer token: nothing would be learnt from it" in text
-    assert "WARNING: nothing would be learnt from 1 samples" in text
 
 
 def test_a_picture_that_is_damaged_inside_is_told_of_its_sample(tmp_path, processor):
