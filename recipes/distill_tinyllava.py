@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
 from switchkd import SupervisedMethod
@@ -123,3 +124,4 @@ def load_teacher(config: RunConfig, path, dtype: torch.dtype = torch.float32) ->
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # threads of gloo that outlive the interpreter can abort it

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
 from switchkd.config import load_config
@@ -65,3 +66,4 @@ def main(argv: list[str] | None = None) -> Path:
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # threads of gloo that outlive the interpreter can abort it

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import nn
 from transformers import (
     LlavaConfig,
@@ -230,6 +231,7 @@ def main(settings: dict) -> None:
         trainer.export_student(folder / "student")
     if state.is_main_process:
         (out / "world.json").write_text(json.dumps({"ranks": ranks}))
+    PartialState().destroy_process_group()  # threads of gloo that outlive the interpreter can abort it
 
 
 if __name__ == "__main__":
