@@ -105,10 +105,10 @@ class Bench:
         if not path.exists():
             steps, stream = (size.tower_steps, "tower") if is_teachers else (size.apart_steps, "apart")
             set_seed(TRAIN_SEEDS[stream])
-            model = parts.build_model(size, size.teacher, size.narrow if name == "narrow" else size.vision)
+            model = self._build(size.teacher, size.narrow if name == "narrow" else size.vision)
             feed = self._draw("train", stream, min(size.teacher_samples, steps * size.tower_batch))
             named = parts.pretrain_tower(
-                model.to(self.device), feed, size, steps=steps, seed=0, say=lambda line: _say(f"  {name}: {line}")
+                model, feed, size, steps=steps, seed=0, say=lambda line: _say(f"  {name}: {line}")
             )
             _say(f"  {name}: {100 * named:.0f} % of the sprites named")
             self._save(model.model.vision_tower, path)
@@ -120,17 +120,17 @@ class Bench:
             return self._teacher
         size, path = self.size, self.teacher_work / "teacher.safetensors"
         set_seed(TRAIN_SEEDS["teacher"])
-        model = parts.build_model(size, size.teacher, size.vision).to(self.device)
+        model = self._build(size.teacher, size.vision)
         if path.exists():
             _load(model, path)
         else:
             _load(model.model.vision_tower, self.tower("tower"))
             started, curve = time.monotonic(), []
             method = SupervisedMethod(model)
-            feed = self._draw("train", "teacher", size.teacher_samples)
+            feed = self._draw("train", "teacher", size.teacher_samples, size.captioned)
             order = orders(len(feed), size.teacher_steps, size.teacher_batch, 0)
             each = self._watch(TEACHER, model, size.teacher_steps, curve, started)
-            train(method, feed, order, lr=size.teacher_lr, each=each)
+            train(method, feed, order, lr=size.teacher_lr, bf16=size.bf16, each=each)
             self._save(model, path)
             training = {"seconds": time.monotonic() - started, "curve": curve}
             write_json(self.teacher_work / "teacher.json", training)
@@ -139,11 +139,11 @@ class Bench:
 
     def start(self, start: str, seed: int, narrow: bool = False) -> LlavaForConditionalGeneration:
         """The student that all variants of this start and seed begin from: its tower from the teacher's or apart from
-        it, its projector and language model from the seed and, where the size says so, trained with the tower frozen.
+        it, its projector and language model from the seed and pretrained on captions with the tower frozen.
         """
         size = self.size
         set_seed(1000 + seed)
-        model = parts.build_model(size, size.student, size.narrow if narrow else size.vision).to(self.device)
+        model = self._build(size.student, size.narrow if narrow else size.vision)
         name = "narrow" if narrow else start
         path = self.work / f"start-{name}-{seed}.safetensors"
         if path.exists():
@@ -155,10 +155,10 @@ class Bench:
             _load(model.model.vision_tower, self.tower(name))
         if size.start_steps:
             started = time.monotonic()
-            feed = self.feed("train", "starts", min(size.samples, size.start_steps * size.batch_size))
+            feed = self.feed("train", "starts", min(size.samples, size.start_steps * size.batch_size), 1.0)
             freeze(model, ("vision_tower",))
             order = orders(len(feed), size.start_steps, size.batch_size, seed)
-            train(SupervisedMethod(model), feed, order, lr=size.lr)
+            train(SupervisedMethod(model), feed, order, lr=size.lr, bf16=size.bf16)
             freeze(model)
             _say(f"  start {name}, seed {seed}: {time.monotonic() - started:.0f} s")
         self._save(model, path)
@@ -186,10 +186,10 @@ class Bench:
             method = variant.method(model, teacher, feed.batch(slice(0, 330))["pixel_values"])
             order = orders(len(feed), steps, size.batch_size, run.seed)
             each = self._watch(run.variant, model, steps, curve, started, losses, quiet=True, blank=blank)
-            train(method, feed, order, lr=lr, blank=blank, each=each)
+            train(method, feed, order, lr=lr, blank=blank, bf16=size.bf16, each=each)
             extra |= {"curve": curve, "losses": {name: float(total) for name, total in losses.items()}}
         judged = self.feed(run.split, run.split, size.judged)
-        scores = score(model, judged, blank=blank)
+        scores = score(model, judged, blank=blank, bf16=size.bf16)
         result = {
             "size": size.name,
             "variant": run.variant,
@@ -227,21 +227,27 @@ class Bench:
                 counts.append(counter.get_total_flops())
         return counts[0] / counts[1]
 
-    def feed(self, split: str, stream: str, count: int) -> Feed:
+    def _build(self, language: tuple[int, int], vision: tuple[int, int]) -> LlavaForConditionalGeneration:
+        model = parts.build_model(self.size, language, vision).to(self.device)
+        if self.device.type == "cpu":  # where torch's flash attention is slower backwards than matrices written out
+            model.set_attn_implementation("eager")
+        return model
+
+    def feed(self, split: str, stream: str, count: int, captioned: float = 0.0) -> Feed:
         """`count` samples on the device, kept for the next run of this process; `stream` names what they are for."""
-        key = (split, stream, count)
+        key = (split, stream, count, captioned)
         if key not in self._feeds:
             self._feeds[key] = self._draw(*key)
         return self._feeds[key]
 
-    def _draw(self, split: str, stream: str, count: int) -> Feed:
+    def _draw(self, split: str, stream: str, count: int, captioned: float = 0.0) -> Feed:
         seed = TRAIN_SEEDS.get(stream, 0)
         if self.drawers > 1 and count > 10_000:
             with ProcessPoolExecutor(self.drawers, mp_context=get_context("spawn")) as pool:
                 samples = draw(split, count, seed, self.size.image, pool)
         else:
             samples = draw(split, count, seed, self.size.image)
-        return Feed.of(samples, self.size.image_tokens, self.device)
+        return Feed.of(samples, self.size.image_tokens, self.device, captioned=captioned)
 
     def _watch(self, name, model, steps, curve, started, losses=None, *, quiet=False, blank=False):
         """What `train` calls: the validation average at `CURVE` points, and the mean terms of the last tenth."""
@@ -253,7 +259,7 @@ class Bench:
                 for term, value in named.items():
                     losses[term] = losses.get(term, 0.0) + value / max(steps // 10, 1)
             if step in marks:
-                curve.append([step, round(average(score(model, feed, blank=blank)), 2)])
+                curve.append([step, round(average(score(model, feed, blank=blank, bf16=self.size.bf16)), 2)])
                 if not quiet:
                     seconds = time.monotonic() - started
                     _say(f"  {name}: step {step} of {steps}, average {curve[-1][1]:.1f}, {seconds:.0f} s")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, get_scheduler
 
 from switchkd.data import ten_skills as world
-from switchkd.data.words import PAD_ID
+from switchkd.data.words import IMAGE_ID, PAD_ID
 from switchkd.models import pathway
 
 CHUNK = 330  # samples a worker draws at a time; below it the sprites' tables cost more than the pictures
@@ -38,8 +38,16 @@ class Feed:
     samples: world.Samples
 
     @classmethod
-    def of(cls, samples: world.Samples, image_tokens: int, device: torch.device | str = "cpu") -> Feed:
-        input_ids, labels = world.sequences(samples, image_tokens)
+    def of(
+        cls, samples: world.Samples, image_tokens: int, device: torch.device | str = "cpu", *, captioned: float = 0.0
+    ) -> Feed:
+        """captioned: the share of samples, evenly spread, that tell their picture and are not asked; those of `LOCATE`
+        are always asked."""
+        number = np.arange(len(samples)) // len(samples.names)  # of a sample among those of its skill
+        tells = np.floor((number + 1) * captioned) > np.floor(number * captioned)
+        if world.LOCATE in samples.names:
+            tells &= samples.skills != samples.names.index(world.LOCATE)
+        input_ids, labels = world.sequences(samples, image_tokens, tells)
         images = torch.from_numpy(np.ascontiguousarray(samples.images.transpose(0, 3, 1, 2)))
         return cls(images.to(device), *(torch.from_numpy(each).to(device) for each in (input_ids, labels)), samples)
 
@@ -95,10 +103,11 @@ def train(
     warmup: float = 0.05,
     clip: float = 1.0,
     blank: bool = False,
+    bf16: bool = False,
     each: Callable[[int, dict[str, Tensor]], None] = lambda step, named: None,
 ) -> None:
     """One step of AdamW a row of `order` [steps, batch_size]: cosine schedule after `warmup` (a share of the steps),
-    no weight decay, gradients clipped to the norm `clip`; bfloat16 autocast on a GPU.
+    no weight decay, gradients clipped to the norm `clip`; bf16: under bfloat16 autocast.
 
     each: called after each step with the number of steps done and the loss terms.
     """
@@ -111,7 +120,7 @@ def train(
     method.train()
     for step, rows in enumerate(order):
         method.progress(step / steps)
-        with autocast(device):
+        with autocast(device, bf16):
             terms = method(**feed.batch(rows, blank))
         terms.loss.backward()
         nn.utils.clip_grad_norm_(parameters, clip)
@@ -121,13 +130,18 @@ def train(
         each(step + 1, terms.named)
 
 
-def autocast(device: torch.device):
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+def autocast(device: torch.device, bf16: bool):
+    return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 @torch.no_grad()
 def score(
-    model: LlavaForConditionalGeneration, feed: Feed, *, blank: bool = False, batch_size: int = 500
+    model: LlavaForConditionalGeneration,
+    feed: Feed,
+    *,
+    blank: bool = False,
+    bf16: bool = False,
+    batch_size: int = 500,
 ) -> dict[str, float]:
     """Exact match of each skill in per cent, `LOCATE` by overlap (`ten_skills.located`).
 
@@ -139,14 +153,16 @@ def score(
     right = np.zeros(len(feed), bool)
     names = feed.samples.names
     is_box = feed.samples.skills == names.index(world.LOCATE) if world.LOCATE in names else right.copy()
-    for rows in np.split(np.arange(len(feed)), range(batch_size, len(feed), batch_size)):
+    for rows in _chunks(np.arange(len(feed)), batch_size):
         batch = feed.batch(torch.from_numpy(rows).to(feed.images.device), blank)
-        tokens = _greedy(model, batch["input_ids"], batch["pixel_values"])
+        with autocast(feed.images.device, bf16):
+            tokens = _greedy(model, batch["input_ids"], batch["pixel_values"])
         known = batch["labels"][:, 1:]
         right[rows] = ((tokens == known) | (known == -100)).all(dim=1).cpu().numpy()
-    for rows in np.split(np.flatnonzero(is_box), range(batch_size, is_box.sum(), batch_size)):
+    for rows in _chunks(np.flatnonzero(is_box), batch_size):
         batch = feed.batch(torch.from_numpy(rows).to(feed.images.device), blank)
-        right[rows] = world.located(_decode(model, batch), feed.samples.answers[rows])
+        with autocast(feed.images.device, bf16):
+            right[rows] = world.located(_decode(model, batch), feed.samples.answers[rows])
     model.train(was_training)
     return {
         name: 100 * float(right[feed.samples.skills == place].mean())
@@ -155,12 +171,15 @@ def score(
     }
 
 
+def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
 def _greedy(model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
     """The most likely next token at every place but the last, [N, T - 1]."""
-    with autocast(input_ids.device):
-        visual_tokens = pathway.project(model, pathway.encode(model, pixel_values))
-        hidden = pathway.decode(model, input_ids, None, visual_tokens)
-        return pathway.head(model, hidden[:, :-1]).argmax(dim=-1)
+    visual_tokens = pathway.project(model, pathway.encode(model, pixel_values))
+    hidden = pathway.decode(model, input_ids, None, visual_tokens)
+    return pathway.head(model, hidden[:, :-1]).argmax(dim=-1)
 
 
 def _decode(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> np.ndarray:
@@ -170,7 +189,9 @@ def _decode(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> n
     every = torch.arange(len(first), device=first.device)
     for place in range(world.ANSWER_LENGTH):
         at = first + place
-        input_ids[every, at] = _greedy(model, input_ids, batch["pixel_values"])[every, at - 1]
+        said = _greedy(model, input_ids, batch["pixel_values"])[every, at - 1]
+        # A wrong answer like any other, which must not take the place of a picture in the next pass.
+        input_ids[every, at] = said.masked_fill(said == IMAGE_ID, PAD_ID)
     places = first[:, None] + torch.arange(world.ANSWER_LENGTH, device=first.device)
     return input_ids.gather(1, places).cpu().numpy()
 

@@ -78,7 +78,7 @@ def pretrain_tower(
     schedule = get_scheduler("cosine", optimizer, steps // 20, steps)
     named: list[Tensor] = []
     for step, rows in enumerate(orders(len(feed), steps, size.tower_batch, seed).to(feed.images.device)):
-        with autocast(feed.images.device):
+        with autocast(feed.images.device, size.bf16):
             features = pathway.encode(model, feed.batch(rows)["pixel_values"])
             heads = probe(features).float().split(HEADS, dim=-1)
         known = labels[rows].unbind(dim=-1)

@@ -15,10 +15,12 @@ class Size:
     vision, teacher, student: width and layers of the vision tower (one for both, as in a TinyLLaVA pair) and of the
     language models. narrow: those of the tower of the students that need a switch adapter.
     tower_steps, apart_steps: dense pretraining of the teacher's tower and of the students' own one, which lies apart
-    from it. start_steps: cross entropy alone on other samples, which every student has behind it when the variants
-    part, as a distilled student comes from pretraining and SFT; its tower is frozen there as in TinyLLaVA's recipe.
+    from it. captioned: the share of the teacher's samples that tell what their picture shows instead of a question's
+    answer (`Feed.of`); without them it takes several times the steps. start_steps: on captions alone, which every
+    student has behind it when the variants part; its tower is frozen there, as in TinyLLaVA's pretraining.
     steps: of each run; `equal flops` has more. samples: that a run draws its batches from. judged: samples of the
-    validation and of the test split. `batch_size` holds for all but the towers (`tower_batch`).
+    validation and of the test split. `batch_size` holds for all but the towers and the teacher. bf16: bfloat16
+    autocast.
     evidence: False marks results as a check of the machinery.
     """
 
@@ -36,6 +38,7 @@ class Size:
     teacher_steps: int
     teacher_samples: int
     teacher_lr: float
+    captioned: float
     start_steps: int
     steps: int
     samples: int
@@ -43,6 +46,7 @@ class Size:
     teacher_batch: int
     lr: float
     judged: int
+    bf16: bool
     evidence: bool
     pieces: tuple[str, ...]
 
@@ -57,7 +61,7 @@ class Size:
     def teacher_settings(self) -> dict:
         """What decides the teacher: its weights are kept where only the students' settings change."""
         own = ("vision", "teacher", "tower_steps", "tower_batch", "tower_lr")
-        own += ("teacher_steps", "teacher_samples", "teacher_lr", "teacher_batch")
+        own += ("teacher_steps", "teacher_samples", "teacher_lr", "teacher_batch", "captioned", "bf16")
         return {name: value for name, value in self.settings().items() if name in ("name", "image", "patch", *own)}
 
 
@@ -71,21 +75,23 @@ SIZES = {
         student=(48, 2),
         narrow=(48, 2),
         tower_steps=450,
-        apart_steps=300,
+        apart_steps=100,
         tower_batch=64,
         tower_lr=2e-3,
         teacher_steps=2000,
         teacher_samples=66_000,
         teacher_lr=3e-3,
-        start_steps=450,
-        steps=130,
-        samples=16_500,
+        captioned=0.5,
+        start_steps=200,
+        steps=700,
+        samples=33_000,
         batch_size=32,
         teacher_batch=64,
         lr=3e-3,
         judged=2200,
+        bf16=False,
         evidence=False,
-        pieces=("core", "few"),
+        pieces=("few",),
     ),
     "gpu": Size(
         name="gpu",
@@ -102,14 +108,16 @@ SIZES = {
         teacher_steps=6000,
         teacher_samples=660_000,
         teacher_lr=1e-3,
-        start_steps=0,
+        captioned=0.5,
+        start_steps=200,
         steps=500,
         samples=128_700,
         batch_size=256,
         teacher_batch=256,
         lr=1e-3,
         judged=11_000,
+        bf16=True,
         evidence=True,
-        pieces=("core", "divergence", "knee", "temperature", "weights", "encoder", "schedule", "seen"),
+        pieces=("core", "divergence", "knee", "temperature", "weights", "encoder", "visual", "schedule", "seen"),
     ),
 }

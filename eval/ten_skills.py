@@ -1,10 +1,10 @@
 """Ten skills: what each way to listen to a teacher gives a student, over seeds, in a world that we own.
 
-    python -m eval.ten_skills --size cpu                          # everything, under 20 minutes on 2 cores
+    python -m eval.ten_skills --size cpu                          # its table, under 20 minutes on 2 cores
     PYTHONPATH=. python3 -m eval.ten_skills --size gpu --pieces core --workers 8 --minutes 9
     PYTHONPATH=. python3 -m eval.ten_skills --size gpu --pieces divergence,knee --workers 8 --minutes 9
     PYTHONPATH=. python3 -m eval.ten_skills --size gpu --pieces temperature,weights,encoder --workers 8 --minutes 9
-    PYTHONPATH=. python3 -m eval.ten_skills --size gpu --pieces schedule,seen --workers 8 --minutes 9
+    PYTHONPATH=. python3 -m eval.ten_skills --size gpu --pieces visual,schedule,seen --workers 8 --minutes 9
     PYTHONPATH=. python3 -m eval.ten_skills --size gpu --confirm --workers 8 --minutes 9
     python -m eval.ten_skills --size gpu --table                  # the table and the plots of what is there
 
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             whole = True
             if everything or options.pieces:
                 whole = do(runs_of(pieces, seeds)) and do(best_runs(Results.of(options.out, size.name), seeds))
-            if whole and (everything or options.confirm):
+            if whole and (options.confirm or (everything and size.evidence)):
                 do(confirm_runs(Results.of(options.out, size.name), seeds, confirm_seeds))
     results = Results.of(options.out, size.name)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from switchkd.losses import answer_rows, forward_kl
-from switchkd.methods import SupervisedMethod, SwitchKD, Terms
-from switchkd.methods.switch_kd import DIVERGENCES
-from switchkd.models import pathway
+from eval.own_methods import LlavaKD, Scheduled, SeenOnly
+from switchkd.methods import SupervisedMethod, SwitchKD
 from switchkd.models.adapter import fit_switch_adapter
 
 
@@ -26,8 +21,7 @@ class Variant:
     options: of `SwitchKD`; None is cross entropy alone. lr: times the size's rate. freeze: parts of the student.
     blank: trained and judged with blank pictures. equal_flops: as many steps as the paper's variant has arithmetic.
     narrow: the student's tower is narrower than the teacher's and enters the switch through a fitted adapter.
-    schedule: "early" or "late", where the teacher's terms fade out or in over the run. seen: the teacher's terms count
-    only where it changes when the picture is taken away.
+    kind: the method, where it is one of the bench's own; options are its.
     """
 
     name: str
@@ -38,13 +32,13 @@ class Variant:
     blank: bool = False
     equal_flops: bool = False
     narrow: bool = False
-    schedule: str | None = None
-    seen: bool = False
+    kind: type[SwitchKD] = SwitchKD
     starts: tuple[str, ...] = ("apart", "teacher")
 
     def settings(self) -> dict:
         """What decides a run's result."""
-        return {name: value for name, value in asdict(self).items() if name not in ("name", "why", "starts")}
+        kept = {name: value for name, value in asdict(self).items() if name not in ("name", "why", "starts")}
+        return kept | {"kind": self.kind.__name__}
 
     def method(
         self, student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, pixels: Tensor
@@ -55,58 +49,7 @@ class Variant:
         options = dict(self.options)
         if self.narrow:
             options["switch_adapter"] = fit_switch_adapter(student, teacher, [pixels])
-        if self.seen:
-            return SeenOnly(student, teacher, **options)
-        if self.schedule:
-            return Scheduled(student, teacher, late=self.schedule == "late", **options)
-        return SwitchKD(student, teacher, **options)
-
-
-class Scheduled(SwitchKD):
-    """The teacher's terms weighted along a half cosine over the run, 2 times their weight at one end and 0 at the
-    other, so that the mean weight stays. Early: the teacher leads while the student knows little, and at the end the
-    student's own errors count alone. Late: a teacher is read best by a student that knows the words."""
-
-    def __init__(self, student, teacher, *, late: bool, **options):
-        super().__init__(student, teacher, **options)
-        self.late = late
-        self._full = dict(self.weights)
-
-    def progress(self, fraction: float) -> None:
-        factor = 1 + math.cos(math.pi * (1 - fraction if self.late else fraction))
-        self.weights = {name: weight * (1 if name == "ce" else factor) for name, weight in self._full.items()}
-
-
-class SeenOnly(SwitchKD):
-    """The teacher's terms at the positions alone where the teacher, its picture taken away, says something else.
-
-    Elsewhere (the end of an answer, a word that grammar forces) teacher and student agree without looking, and what is
-    left of a difference is noise in the visual terms. A position counts where KL(teacher, teacher without picture) is
-    over `nats`; those that count are weighted up so that a term's mean weight stays. Costs one more teacher pass.
-    """
-
-    def __init__(self, student, teacher, *, align: str, switch: str, nats: float = 0.1, **options):
-        align, switch = (functools.partial(self._kept, DIVERGENCES[name]) for name in (align, switch))
-        super().__init__(student, teacher, align=align, switch=switch, **options)
-        self.nats = nats
-        self._weights: Tensor | None = None
-
-    def forward(self, input_ids, attention_mask=None, pixel_values=None, labels=None, num_items_in_batch=None) -> Terms:
-        with torch.no_grad():
-            seen, blind = (
-                pathway.head(self.teacher, self._rows(input_ids, attention_mask, pixels, labels))
-                for pixels in (pixel_values, torch.zeros_like(pixel_values))
-            )
-            changes = (forward_kl(blind, seen) > self.nats).float()
-            self._weights = changes * (len(changes) / changes.sum().clamp(min=1))
-        return super().forward(input_ids, attention_mask, pixel_values, labels, num_items_in_batch)
-
-    def _rows(self, input_ids, attention_mask, pixel_values, labels) -> Tensor:
-        visual_tokens = pathway.project(self.teacher, pathway.encode(self.teacher, pixel_values))
-        return answer_rows(pathway.decode(self.teacher, input_ids, attention_mask, visual_tokens), labels)[0]
-
-    def _kept(self, divergence, logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return divergence(logits, teacher_logits) * self._weights
+        return self.kind(student, teacher, **options)
 
 
 def _pair(align: str | None, switch: str | None, **options) -> dict:
@@ -236,7 +179,7 @@ PIECES: dict[str, tuple[Variant, ...]] = {
         ),
         Variant(
             "kl_relation",
-            "LLaVA-KD's mixture at the encoder",
+            "relations of the encoder's features beside the align term",
             _pair("forward_kl", None, feature="relation"),
             starts=_APART,
         ),
@@ -255,17 +198,42 @@ PIECES: dict[str, tuple[Variant, ...]] = {
         Variant("narrow_sft", "a tower narrower than the teacher's, without a teacher", narrow=True, starts=_APART),
         Variant("narrow_switch", "the same tower through a fitted switch adapter", _KL, narrow=True, starts=_APART),
     ),
+    "visual": (
+        Variant(
+            "kl_visual",
+            "LLaVA-KD: the student's language model also says at an image token what the teacher's says there",
+            {**_pair("forward_kl", None), "visual_weight": 1.0},
+            kind=LlavaKD,
+            starts=_APART,
+        ),
+        Variant(
+            "llava_kd",
+            "LLaVA-KD whole: and the image tokens are alike where the teacher's are",
+            {**_pair("forward_kl", None), "visual_weight": 1.0, "relation_weight": 0.5},
+            kind=LlavaKD,
+            starts=_APART,
+        ),
+    ),
     "schedule": (
-        Variant("kl_early", "the teacher leads first", _KL, schedule="early", starts=_APART),
-        Variant("kl_late", "the teacher leads last", _KL, schedule="late", starts=_APART),
+        Variant("kl_early", "the teacher leads first", {**_KL, "late": False}, kind=Scheduled, starts=_APART),
+        Variant("kl_late", "the teacher leads last", {**_KL, "late": True}, kind=Scheduled, starts=_APART),
     ),
     "seen": (
-        Variant("kl_seen", "only positions where the picture matters to the teacher", _KL, seen=True, starts=_APART),
-        Variant("paper_seen", "as above, for the paper's terms", _PAPER, seen=True, starts=_APART),
+        Variant(
+            "kl_seen", "only positions where the picture matters to the teacher", _KL, kind=SeenOnly, starts=_APART
+        ),
+        Variant("paper_seen", "as above, for the paper's terms", _PAPER, kind=SeenOnly, starts=_APART),
     ),
 }
 VARIANTS: dict[str, Variant] = {variant.name: variant for piece in PIECES.values() for variant in piece}
-# One of each kind, for a size that has no time for all.
-PIECES["few"] = tuple(VARIANTS[name] for name in ("jsd", "dbild_kl", "narrow_sft", "narrow_switch", "kl_seen"))
+# The rows that say most, for a size that has no time for all.
+PIECES["few"] = tuple(
+    replace(VARIANTS[name], starts=starts)
+    for name, starts in {
+        "sft": ("apart", "teacher"),
+        "switch_kd": ("apart", "teacher"),
+        **dict.fromkeys(("sft_low_lr", "sft_equal_flops", "blind", "kl_align", "kl_switch"), _APART),
+    }.items()
+)
 
 SFT = ("sft", "sft_low_lr", "sft_high_lr")  # the table shows the best of the three

@@ -14,7 +14,8 @@ degraded      VizWiz      what shape is the red one ?                       one 
 locate        (none)      where is the largest defect ?                     x1 y1 x2 y2 on a grid of 8, or none
 
 The pictures are `scenes` (and `steel` for the last), the language has one token a word. Answers are drawn before the
-pictures, so that a question says nothing about its answer. Everything follows from (split, seed, number). Ours.
+pictures, so that a question says nothing about its answer. Every picture but the last's also has a caption, for the
+stage before questions. Everything follows from (split, seed, number). Ours.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from switchkd.data.scenes import COLOURS, FAULTS, SHAPES, SIZES, SPRITES, SURFAC
 from switchkd.data.steel import render_steel
 from switchkd.data.words import (
     ANSWER_ID,
+    CAPTION_LENGTH,
     COLOURS_CN,
     END_ID,
     IMAGE_ID,
@@ -42,6 +44,7 @@ from switchkd.data.words import (
     SHAPES_CN,
     SURFACES_CN,
     VOCABULARY,
+    captions,
     closed_up,
     ids_of,
     join,
@@ -149,16 +152,29 @@ def make_samples(
     return samples
 
 
-def sequences(samples: Samples, image_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def sequences(
+    samples: Samples, image_tokens: int, captioned: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """input_ids and labels, int64 [N, image_tokens + TEXT_LENGTH]: the image tokens, the question, <answer>, the
     answer and <end>, padded on the right with PAD_ID; labels are -100 but at the answer and its end, as `encode` gives.
 
-    A sample's exact match under greedy decoding is that the argmax at every label equals it.
+    captioned: bool [N], the rows that have no question and tell what their picture shows (`words.captions`), as
+    pictures do in the stage before questions; where any does, T is image_tokens + 1 + CAPTION_LENGTH. ValueError where
+    one is of `LOCATE`, whose pictures are no scenes. A sample's exact match under greedy decoding is that the argmax at
+    every label equals it.
     """
+    length, questions, answers = TEXT_LENGTH, samples.questions, samples.answers
+    if captioned is not None and captioned.any():
+        if LOCATE in samples.names and (samples.skills[captioned] == samples.names.index(LOCATE)).any():
+            raise ValueError(f"captioned has samples of {LOCATE!r}: a strip of steel has no scene to tell of")
+        length = 1 + CAPTION_LENGTH
+        questions = np.where(captioned[:, None], PAD_ID, questions)
+        answers = np.pad(answers, ((0, 0), (0, CAPTION_LENGTH - ANSWER_LENGTH)), constant_values=PAD_ID)
+        answers[captioned] = captions(samples.scenes[captioned])
     marks = np.full((len(samples), 1), ANSWER_ID)
-    text = np.concatenate([samples.questions, marks, samples.answers], axis=1)
+    text = np.concatenate([questions, marks, answers], axis=1)
     is_answer = np.arange(text.shape[1]) > QUESTION_LENGTH
-    order = np.argsort(text == PAD_ID, axis=1, kind="stable")[:, :TEXT_LENGTH]
+    order = np.argsort(text == PAD_ID, axis=1, kind="stable")[:, :length]
     text = np.take_along_axis(text, order, axis=1)
     labels = np.where(is_answer[order] & (text != PAD_ID), text, -100)
     images = np.full((len(samples), image_tokens), IMAGE_ID)

@@ -8,10 +8,11 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from switchkd.data.scenes import COLOURS, GLYPHS, SHAPES, SIZES, SURFACES
+from switchkd.data.scenes import COLOURS, FAULTS, GLYPHS, SHAPES, SIZES, SPRITES, SURFACES, Scenes
 
 PAD, IMAGE, ANSWER, END = MARKS = ("<pad>", "<image>", "<answer>", "<end>")
 PAD_ID, IMAGE_ID, ANSWER_ID, END_ID = range(4)
+CAPTION_LENGTH = 17  # four words an object, and the end
 
 NUMBERS = tuple("012345678")
 LETTERS = tuple(glyph for glyph in GLYPHS if glyph.isalpha())
@@ -62,6 +63,39 @@ def join(*parts: str | np.ndarray) -> np.ndarray:
 def closed_up(ids: np.ndarray) -> np.ndarray:
     """The rows of ids [N, T] with their padding moved to the end."""
     return np.take_along_axis(ids, np.argsort(ids == PAD_ID, axis=1, kind="stable"), axis=1)
+
+
+def captions(scenes: Scenes) -> np.ndarray:
+    """What each picture shows, cell by cell or bar by bar, ids [N, CAPTION_LENGTH] with PAD_ID after the end token.
+
+    An object is its size, surface, colour and name ("big striped red circle"), a bar its colour and height ("red 3"),
+    an empty place "none"; a ruined picture is "unanswerable".
+    """
+    objects = join(*(part for cell in range(4) for part in _object(scenes, cell)))
+    bars = join(*(part for bar in range(4) for part in _bar(scenes, bar)))
+    bars = np.pad(bars, ((0, 0), (0, objects.shape[1] - bars.shape[1])), constant_values=PAD_ID)
+    text = np.where(scenes.bars.any(axis=1, keepdims=True), bars, objects)
+    ruined = scenes.fault == FAULTS.index("ruined")
+    text[ruined] = PAD_ID
+    text[ruined, 0] = ids_of("unanswerable")
+    text = closed_up(np.pad(text, ((0, 0), (0, 1)), constant_values=PAD_ID))
+    text[np.arange(len(text)), (text != PAD_ID).sum(axis=1)] = END_ID
+    return text
+
+
+def _object(scenes: Scenes, cell: int) -> list[np.ndarray]:
+    sprite = scenes.sprite[:, cell]
+    words = [
+        np.where(sprite < 0, PAD_ID, ids_of(names)[table[:, cell]])
+        for names, table in ((SIZES, scenes.size), (SURFACES, scenes.surface), (tuple(COLOURS), scenes.colour))
+    ]
+    return [*words, np.where(sprite < 0, ids_of("none"), ids_of(SPRITES)[sprite])]
+
+
+def _bar(scenes: Scenes, bar: int) -> list[np.ndarray]:
+    height = scenes.bars[:, bar]
+    colour = ids_of(tuple(COLOURS))[scenes.colour[:, bar]]
+    return [np.where(height > 0, colour, ids_of("none")), np.where(height > 0, ids_of(NUMBERS)[height], PAD_ID)]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -51,6 +51,35 @@ def test_the_vocabulary_is_closed_and_small():
     assert lengths[1][samples.skills < 10].max() == 3
 
 
+def test_captions_tell_what_the_scene_holds():
+    samples = world.make_samples("train", 2200, 0, skills=ALL, size=32)
+    scenes, told = samples.scenes, words.captions(samples.scenes)
+    assert told.shape == (2200, words.CAPTION_LENGTH)
+    kinds = Counter()
+    for row in np.flatnonzero(samples.skills != ALL.index(world.LOCATE)):
+        if scenes.fault[row] == FAULTS.index("ruined"):
+            wanted, kind = ["unanswerable"], "ruined"
+        elif scenes.bars[row].any():
+            hues = [list(COLOURS)[colour] for colour in scenes.colour[row]]
+            bars = zip(hues, scenes.bars[row], strict=True)
+            wanted, kind = [f"{hue} {height}" if height else "none" for hue, height in bars], "chart"
+        else:
+            wanted, kind = [], "objects"
+            for cell in range(4):
+                sprite = scenes.sprite[row, cell]
+                looks = [SIZES[scenes.size[row, cell]], SURFACES[scenes.surface[row, cell]]]
+                looks.append(list(COLOURS)[scenes.colour[row, cell]])
+                wanted.append(" ".join([*looks, SPRITES[sprite]]) if sprite >= 0 else "none")
+        kinds[kind] += 1
+        assert world.text_of(told[row]) == " ".join(wanted)
+        assert told[row][(told[row] != words.PAD_ID).sum() - 1] == words.END_ID
+    assert min(kinds[kind] for kind in ("ruined", "chart", "objects")) > 10
+    captioned = np.zeros(len(samples), bool)
+    captioned[ALL.index(world.LOCATE)] = True
+    with pytest.raises(ValueError, match="a strip of steel has no scene"):
+        world.sequences(samples, 16, captioned)
+
+
 @pytest.fixture(scope="module")
 def train():
     return world.make_samples("train", 40000, 0, size=32)

@@ -68,6 +68,20 @@ def test_a_feed_holds_what_the_processor_makes(samples):
     assert not feed.batch(slice(0, 2), blank=True)["pixel_values"].any()
 
 
+def test_captioned_samples_are_spread_over_the_skills_and_the_rest_stays_as_it_is(samples):
+    asked, mixed = Feed.of(samples, 16), Feed.of(samples, 16, captioned=0.5)
+    locate = samples.skills == samples.names.index(world.LOCATE)
+    is_same = (mixed.input_ids[:, : asked.input_ids.shape[1]] == asked.input_ids).all(dim=1).numpy()
+    for place, name in enumerate(world.SKILLS):
+        assert is_same[samples.skills == place].tolist() == [True, False, True, False], name
+    assert is_same[locate].all()
+    assert (mixed.labels[is_same][:, asked.labels.shape[1] :] == -100).all()
+    told = Feed.of(samples, 16, captioned=1.0)
+    assert (told.input_ids[~locate, 16] == words.ANSWER_ID).all()
+    assert (told.labels[~locate, 17] != -100).all()
+    assert told.labels[11, 17:].tolist() == told.input_ids[11, 17:].where(told.input_ids[11, 17:] > 0, -100).tolist()
+
+
 def test_samples_drawn_in_chunks_are_those_drawn_at_once():
     whole = world.make_samples("validation", 700, 1, skills=(*world.SKILLS, world.LOCATE), size=32)
     chunks = draw("validation", 700, 1, 32)
@@ -132,3 +146,11 @@ def test_a_box_is_decoded_token_by_token():
             eos_token_id=None,
         )
         assert made[0, start:].tolist() == answers[row].tolist()
+
+
+def test_an_image_token_in_an_answer_is_a_wrong_answer(samples):
+    model = parts.build_model(TINY, TINY.student, TINY.vision)
+    weight = torch.zeros(len(world.VOCABULARY))
+    weight[words.IMAGE_ID] = 1.0
+    model.lm_head.forward = lambda hidden: weight.expand(*hidden.shape[:2], -1)
+    assert set(score(model, Feed.of(samples, TINY.image_tokens)).values()) == {0.0}

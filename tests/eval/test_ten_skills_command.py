@@ -16,6 +16,8 @@ def test_what_is_done_is_skipped_and_other_settings_are_refused(bench, monkeypat
     assert "runs are left" in capsys.readouterr().out
     assert not list(bench.out.glob("*.json"))
     ten_skills.main(command)
+    assert not list(bench.out.glob("test-*.json"))
+    ten_skills.main([*command, "--confirm"])
     made = {path: path.stat().st_mtime_ns for path in bench.out.glob("*.json")}
     assert {path.name.split("-")[0] for path in made} == {"validation", "test"}
     ten_skills.main(command)

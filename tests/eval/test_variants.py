@@ -7,8 +7,9 @@ from tiny_size import TINY
 
 from eval import parts
 from eval.fast_step import Feed, draw
+from eval.own_methods import LlavaKD, Scheduled
 from eval.sizes import SIZES
-from eval.variants import PIECES, VARIANTS, Scheduled
+from eval.variants import PIECES, VARIANTS
 from switchkd.methods import SwitchKD
 from switchkd.models import freeze
 
@@ -31,7 +32,9 @@ def test_both_sizes_build_and_every_variant_takes_a_step(name):
         terms = variant.method(student, teacher, batch["pixel_values"])(**batch)
         terms.loss.backward()
         assert torch.isfinite(terms.loss)
-        wanted = {"ce"} | {key for key in ("align", "switch", "feature") if (variant.options or {}).get(key)}
+        options = variant.options or {}
+        wanted = {"ce"} | {key for key in ("align", "switch", "feature") if options.get(key)}
+        wanted |= {key for key in ("visual", "relation") if options.get(f"{key}_weight")}
         assert set(terms.named) == wanted, variant.name
         tower = student.model.vision_tower.embeddings.patch_embedding.weight
         assert (tower.grad is None) == bool(variant.freeze), variant.name
@@ -56,6 +59,30 @@ def test_scheduled_terms_keep_their_mean_weight():
     assert seen[0] == pytest.approx(6.0)
     assert seen[-1] == pytest.approx(0.0)
     assert np.mean(seen) == pytest.approx(3.0)
+
+
+def test_visual_terms_are_means_over_image_tokens_of_whole_passes(samples):
+    torch.manual_seed(0)
+    student = parts.build_model(TINY, TINY.student, TINY.vision)
+    teacher = parts.build_model(TINY, TINY.teacher, TINY.vision)
+    batch = Feed.of(samples, TINY.image_tokens).batch(slice(0, 22))
+    options = {"align": None, "switch": None, "visual_weight": 2.0, "relation_weight": 0.5}
+    terms = LlavaKD(student, teacher, **options)(**batch)
+    inputs = {"input_ids": batch["input_ids"], "pixel_values": batch["pixel_values"]}
+    ours, theirs = (model(**inputs).logits[:, : TINY.image_tokens].double() for model in (student, teacher))
+    ratio = theirs.softmax(-1) * (theirs.log_softmax(-1) - ours.log_softmax(-1))
+    assert float(terms.named["visual"]) == pytest.approx(float(ratio.sum(-1).mean()), rel=1e-4)
+    alike = []
+    for logits in (ours, theirs):
+        directions = logits / logits.norm(dim=-1, keepdim=True)
+        alike.append(torch.einsum("btv,bsv->bts", directions, directions).flatten(1))
+    cosine = (alike[0] * alike[1]).sum(1) / (alike[0].norm(dim=1) * alike[1].norm(dim=1))
+    assert float(terms.named["relation"]) == pytest.approx(float((1 - cosine).mean()), rel=1e-4)
+    wanted = terms.named["ce"] + 2.0 * terms.named["visual"] + 0.5 * terms.named["relation"]
+    assert float(terms.loss) == pytest.approx(float(wanted), rel=1e-5)
+    terms.loss.backward()
+    assert student.model.multi_modal_projector.linear_1.weight.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
 def test_positions_count_where_the_picture_changes_the_teacher(samples):
