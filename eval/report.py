@@ -114,7 +114,10 @@ def _core(results: Results, seeds: Sequence[int]) -> str:
         ["chance (majority answer)", *[_chance(results)] * 2, "", ""],
         _core_row(results, {"apart": "blind"}, TITLES["blind"], seeds),
         _core_row(
-            results, {start: results.best_sft(start, seeds) for start in STARTS}, "SFT, best of three rates", seeds
+            results,
+            {start: results.best_sft(start, seeds) for start in STARTS},
+            "SFT, best of its rates",
+            seeds,
         ),
         *(_core_row(results, dict.fromkeys(STARTS, name), TITLES[name], seeds) for name in CORE),
     ]
@@ -129,7 +132,7 @@ def _core(results: Results, seeds: Sequence[int]) -> str:
     rates = [f"{title}: {chosen[start]}" for start, title in STARTS.items() if chosen[start]]
     flops = [record["flops"] for record in results.records if "flops" in record]
     if rates:
-        text += f"\n\nSFT has the best of three rates ({'; '.join(rates)}), the others have the middle one."
+        text += f"\n\nThe rate of SFT is the best of those run ({'; '.join(rates)}), the others have the plain one."
     if flops:
         text += f" A step of the paper's variant is {flops[0]:.1f} times the arithmetic of one of SFT."
     return text
@@ -171,13 +174,12 @@ def _skill_cells(rows: list[dict]) -> list[str]:
 
 
 def _ablations(results: Results, seeds: Sequence[int]) -> str:
-    lines, seen = [], set()
+    lines = []
     for piece, variants in PIECES.items():
         for variant in variants:
             rows = results.rows(variant.name, "apart", "validation", seeds)
-            if piece == "core" or variant.name in seen or not rows:
+            if piece in ("core", "few") or not rows:
                 continue
-            seen.add(variant.name)
             lines.append([variant.name, spread([row["average"] for row in rows]), piece, variant.why])
     return _markdown(["variant", "average", "piece", "why it should help"], lines) if lines else "None has been run."
 

@@ -232,7 +232,8 @@ PIECES["few"] = tuple(
     for name, starts in {
         "sft": ("apart", "teacher"),
         "switch_kd": ("apart", "teacher"),
-        **dict.fromkeys(("sft_low_lr", "sft_equal_flops", "blind", "kl_align", "kl_switch"), _APART),
+        **dict.fromkeys(("sft_low_lr", "sft_equal_flops", "blind", "kl_align", "dbild_align"), _APART),
+        **dict.fromkeys(("feature_cosine", "kl_switch"), _APART),
     }.items()
 )
 

@@ -16,9 +16,13 @@ def test_the_table_shows_means_and_spreads_of_the_validation_split(tmp_path):
     assert results.best_found() == "kl_x3"  # a narrow tower is a row of its own
     text = table(results, "cpu")
     assert "machinery check, not evidence" in text.splitlines()[0]
-    assert "| SFT, best of three rates | 43.0 ± 2.0 | - | 10 | 60 |" in text
+    assert "| SFT, best of its rates | 43.0 ± 2.0 | - | 10 | 60 |" in text
     assert "| DBiLD align + DBiLD switch (the paper) | 47.0 ± 2.0 | - | 10 | 60 |" in text
     assert "| best found: kl_x3 | 51.0 ± 2.0 |" in text
     assert "| chance (majority answer) | 25.0 |" in text
     assert "| teacher | 66.0 | 66.0 |" in text
     assert "Confirmed" not in text
+    assert [line.split(" | ")[0] for line in text[text.index("## Ablations") :].splitlines()[4:]] == [
+        "| narrow_switch",
+        "| kl_x3",
+    ][::-1]
