@@ -16,8 +16,8 @@ class Size:
     language models. narrow: those of the tower of the students that need a switch adapter.
     tower_steps, apart_steps: dense pretraining of the teacher's tower and of the students' own one, which lies apart
     from it. captioned: the share of the teacher's samples that tell what their picture shows instead of a question's
-    answer (`Feed.of`); a teacher only asked stayed at chance on four skills. start_steps: on captions alone, which every
-    student has behind it when the variants part; its tower is frozen there, as in TinyLLaVA's pretraining.
+    answer (`Feed.of`); a teacher only asked stayed at chance on four skills. start_steps: on captions alone, which
+    every student has behind it when the variants part; its tower is frozen there, as in TinyLLaVA's pretraining.
     steps: of each run; `equal flops` has more. samples: that a run draws its batches from. judged: samples of the
     validation and of the test split. `batch_size` holds for all but the towers and the teacher. bf16: bfloat16
     autocast.
