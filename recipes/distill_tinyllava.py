@@ -23,13 +23,14 @@ from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
 from switchkd import SupervisedMethod
-from switchkd.config import RunConfig, load_config
 from switchkd.evaluation.judge import Row, judge
 from switchkd.models import freeze, load_llava, same_inputs, shared_vocab
 from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.tiny import TEACHER
 from switchkd.rehearsal import rehearse
 from switchkd.runs import RunFolder
+from switchkd.tasks import load_config
+from switchkd.tasks.vlm_config import Run
 from switchkd.training import process_state
 from switchkd.training.memory import keep_freed_memory
 from switchkd.training.stages import (
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> Path:
     return run.path
 
 
-def read_config(argv: list[str]) -> RunConfig:
+def read_config(argv: list[str]) -> Run:
     """The configuration; without --config that of the run to resume, or else the quickstart's."""
     if any(argument.partition("=")[0] == "--config" for argument in argv):
         return load_config(argv)
@@ -112,7 +113,7 @@ def read_config(argv: list[str]) -> RunConfig:
     return load_config(["--config", str(own), *argv]) if config.resume and own.is_file() else config
 
 
-def load_teacher(config: RunConfig, path, dtype: torch.dtype = torch.float32) -> tuple:
+def load_teacher(config: Run, path, dtype: torch.dtype = torch.float32) -> tuple:
     """The teacher and its processor, with the chat template that the configuration names for it."""
     if config.teacher.made_by and not Path(path).exists():
         raise FileNotFoundError(

@@ -16,11 +16,11 @@ import torch
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
-from switchkd.config import load_config
 from switchkd.evaluation.judge import Row, judge
 from switchkd.models import load_llava
 from switchkd.rehearsal import rehearse
 from switchkd.runs import RunFolder
+from switchkd.tasks import load_config
 from switchkd.training import process_state
 from switchkd.training.memory import keep_freed_memory
 from switchkd.training.stages import StageData, is_finished, stages_of, start_run, start_student, train_stage

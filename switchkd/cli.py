@@ -39,7 +39,7 @@ def main() -> None:
 
 def _list_fields(ctx: typer.Context, wanted: bool) -> None:
     if wanted:
-        from switchkd.config import load_config
+        from switchkd.tasks import load_config
 
         load_config(["--help"], prog=f"switchkd {ctx.info_name}")  # ends the process
 
@@ -149,7 +149,7 @@ def convert(
 
 
 def _run_config(ctx: typer.Context, config: Path):
-    from switchkd.config import load_config
+    from switchkd.tasks import load_config
 
     return load_config(["--config", str(config), *ctx.args], prog=f"switchkd {ctx.info_name}")
 

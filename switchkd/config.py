@@ -1,7 +1,8 @@
-"""A run's configuration: dataclasses, read from YAML files and the command line.
+"""What every run's configuration has: how it is read, kept and compared, and how it trains.
 
-The text under a field is its help text. A YAML file has the same nesting, `--train.lr 1e-3` on the command
-line wins over it, and a key that is not a field is an error.
+A task's configuration (`switchkd.tasks`) is a dataclass of sections, each the dataclass of its owner. The text under a
+field is its help text. A YAML file has the same nesting, `--train.lr 1e-3` on the command line wins over it, and a key
+that is not a field is an error. Nothing here, nor in a section's module, imports torch: help and refusals are quick.
 """
 
 from __future__ import annotations
@@ -11,181 +12,14 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
 
-Part = Literal["vision_tower", "projector", "language_model"]
-
-
-@dataclass(frozen=True)
-class PartConfig:
-    """One more part of a mixture of training data."""
-
-    source: Literal["voc", "llava", "messages"]
-    """A folder of Pascal VOC boxes, LLaVA JSON, or messages (JSON lines or parquet)."""
-    root: str
-    """Folder of the data set (voc) or of the images (llava, messages); $VARIABLES in it are filled in."""
-    split: str
-    """Name of the split (voc), or the file of conversations (llava, messages)."""
-    weight: float = 1.0
-    """How often each conversation is seen in one epoch: 0.5 takes a random half of them, 2 takes each twice."""
-
-    def __post_init__(self):
-        if self.weight <= 0:
-            raise ValueError(f"data.mixture: the weight of {self.split} is {self.weight}, it must be above 0")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What is trained and judged on."""
-
-    source: Literal["steel", "voc", "llava", "messages"] = "steel"
-    """Rendered steel strip, a folder of Pascal VOC boxes, LLaVA JSON, or messages (JSON lines or parquet)."""
-    root: str | None = None
-    """Folder of the data set (voc) or of the images (llava, messages); $VARIABLES in it are filled in."""
-    train_split: str = "train"
-    """Training part: name of the split (voc), or the file of conversations (llava, messages; $VARIABLES in it are
-    filled in)."""
-    test_split: str | None = "test"
-    """Test part, named in the same way; null: none, and nothing is judged."""
-    mixture: tuple[PartConfig, ...] = ()
-    """Further training parts, each with source, root, split and weight."""
-    train_images: int | None = None
-    """Images to train on; left out, all there are."""
-    test_images: int | None = None
-    """Images to judge on; left out, all there are."""
-    kinds: tuple[str, ...] = ("exists", "classify", "count", "locate")
-    """Kinds of question asked about images with boxes (steel, voc), each once an image."""
-    image_seed: int = 0
-    """Seed of the rendered images, of which images are picked, and of the questions."""
-    max_length: int | None = None
-    """Longest sample in tokens; a sample whose image tokens or whole answer would be cut is refused."""
-    in_memory: bool = False
-    """Encode all training samples once and keep them in memory: for small sets, 0.1 to 2 MB a picture."""
-
-    max_bad_rate: float = 0.0
-    """Share of bad samples or images that is skipped with a warning; above it the run stops before training."""
-    first_pixel: int = 1
-    """1: Pascal VOC, pixels 1 to width. 0: boxes written as edges, 0 to width."""
-
-    def __post_init__(self):
-        for name in ("train_images", "test_images"):
-            if (count := getattr(self, name)) is not None and count < 1:
-                raise ValueError(f"data.{name} is {count}, it must be 1 or more; left out, all there are")
-        if not 0 <= self.max_bad_rate < 1:
-            raise ValueError(f"data.max_bad_rate is {self.max_bad_rate}, it must be 0 or more and below 1")
-        if self.first_pixel not in (0, 1):
-            raise ValueError(f"data.first_pixel is {self.first_pixel}, it must be 0 or 1")
-
-    def folder(self) -> Path:
-        """`root` with its variables filled in; ValueError when it is not given or names an unset variable,
-        FileNotFoundError when it is no folder."""
-        if not self.root:
-            raise ValueError(f"data.source is {self.source}: give data.root, the folder of the data")
-        root = filled_in(self.root, "data.root")
-        if not root.is_dir():
-            raise FileNotFoundError(f"data.root is {root}, which is not a folder: give --data.root")
-        return root
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """The larger model that is learnt from."""
-
-    path: str | None = None
-    """Folder or Hub name; left out, the tiny teacher of the package."""
-    made_by: str | None = None
-    """Configuration file of recipes/train_vlm.py that makes the teacher; `switchkd plan` and a rehearsal read its
-    parts while `path` does not exist yet."""
-    chat_template: str | None = None
-    """Chat template (Jinja) that the teacher was trained with, where its folder names another one or none."""
-    steps: int = 0
-    """Steps of supervised training on the run's data before it teaches; 0: none."""
-    lr: float = 5e-4
-    """Learning rate of those steps, of its vision tower too."""
-
-    def __post_init__(self):
-        _at_least("teacher", self, steps=0)
-        if self.lr <= 0:
-            raise ValueError(f"teacher.lr is {self.lr}, it must be above 0")
-
-
-@dataclass(frozen=True)
-class StudentConfig:
-    """The smaller model that is made."""
-
-    path: str | None = None
-    """Folder or Hub name of a whole student; left out, one is assembled from the two parts below."""
-    vision_tower: str | None = None
-    """Folder or Hub name of the vision tower; left out, the tiny one of the package."""
-    language_model: str | None = None
-    """Folder or Hub name of the language model; left out, a tiny one with random weights."""
-    vision_feature_layer: int | None = None
-    """Layer of the vision tower that an assembled student's projector reads; left out, the last one of the
-    package's tower and -2 of others."""
-    vision_feature_select_strategy: Literal["default", "full"] | None = None
-    """default: the first visual token is dropped (CLIP's class token; TinyLLaVA drops SigLIP's first patch too); full:
-    all are kept. Left out, as the teacher named by teacher.path does, and without one default for CLIP and full for
-    SigLIP."""
-    chat_template: str | None = None
-    """Chat template (Jinja) of an assembled student; left out, that of the teacher named by teacher.path, and without
-    one the language model's own, or ChatML."""
-    image_processor: str | None = None
-    """Folder or Hub name whose picture settings (size, crop, mean) an assembled student takes; left out, those
-    saved beside its vision tower, and where there are none a square of the tower's size."""
-    freeze: tuple[Part, ...] = ()
-    """Parts that are not trained: vision_tower, projector, language_model."""
-
-    def __post_init__(self):
-        if self.path and (self.vision_tower or self.language_model):
-            part = "vision_tower" if self.vision_tower else "language_model"
-            raise ValueError(f"student.path is {self.path} and student.{part} is also given: keep one of them")
-
-
-@dataclass(frozen=True)
-class MethodConfig:
-    """How the student learns from the teacher; see `switchkd.SwitchKD`."""
-
-    align: str | None = "dbild"
-    """Divergence of the student's logits from the teacher's: dbild, bild, forward_kl, reverse_kl, jsd; null:
-    none."""
-    switch: str | None = "dbild"
-    """Divergence of the switched logits (the student's features read by the teacher) from the teacher's;
-    null: none. With align, switch and feature null nothing is distilled: cross entropy alone."""
-    feature: Literal["cosine", "relation"] | None = None
-    """Distance of the vision tower's features from the teacher's: cosine (of each visual token) or relation (of the
-    matrix of likenesses between visual tokens); null: none."""
-    align_weight: float = 1.0
-    """Weight of the align term (lambda 1 of Eq. 1)."""
-    switch_weight: float = 1.0
-    """Weight of the switch term (lambda 2 of Eq. 1)."""
-    feature_weight: float = 1.0
-    """Weight of the feature term."""
-    align_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the align divergence, such as {temperature: 3.0}."""
-    switch_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the switch divergence."""
-    switch_adapter: Literal["linear"] | None = None
-    """Where the student's vision tower has another width or another number of visual tokens than the teacher's: linear
-    fits a map onto the teacher's features, by least squares on 256 samples, and trains it along; null: none."""
-    gradient_checkpointing: bool = False
-    """Recompute the teacher's activations of the switch pass in backward: less memory, more time."""
-
-    def __post_init__(self):
-        _at_least("method", self, align_weight=0, switch_weight=0, feature_weight=0)
-        if self.switch_adapter and not self.switch and not self.feature:
-            raise ValueError(
-                f"method.switch_adapter is {self.switch_adapter} but method.switch and method.feature are null, and no "
-                "other term reads it: set one of them, or drop the adapter"
-            )
-
-    @property
-    def distils(self) -> bool:
-        """Whether any term compares the student with the teacher."""
-        return any((self.align, self.switch, self.feature))
+Run = TypeVar("Run")
+Section = TypeVar("Section")
 
 
 @dataclass(frozen=True)
@@ -243,7 +77,7 @@ class TrainConfig:
         least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
         least |= {"checkpoint_every": 0, "keep_checkpoints": 1, "weight_decay": 0, "max_grad_norm": 0}
         least |= {"global_batch_size": 1, "lora_rank": 1}
-        _at_least("train", self, **least)
+        at_least("train", self, **least)
         for name in ("lr", "encoder_lr", "projector_lr"):
             if (rate := getattr(self, name)) is not None and rate <= 0:
                 raise ValueError(f"train.{name} is {rate}, it must be above 0; freeze keeps a part as it is")
@@ -283,106 +117,8 @@ class TrainConfig:
         return replace(self, steps=steps, gradient_accumulation_steps=accumulation, global_batch_size=None)
 
 
-@dataclass(frozen=True)
-class StageConfig:
-    """A stage of training before the last one; its student is where the next stage starts."""
-
-    data: DataConfig
-    """What this stage trains on; its test part is not used."""
-    train: TrainConfig
-    """Optimisation of this stage."""
-    freeze: tuple[Part, ...] = ()
-    """Parts that this stage does not train: vision_tower, projector, language_model."""
-    method: MethodConfig | None = None
-    """How this stage learns from the teacher; null: cross entropy alone."""
-
-    def without_test(self) -> StageConfig:
-        """The same without a test part: only the last stage's student is judged."""
-        return replace(self, data=replace(self.data, test_split=None))
-
-
-@dataclass(frozen=True)
-class JudgeConfig:
-    """How models answer the test questions."""
-
-    batch_size: int = 64
-    """Questions answered at once."""
-    max_new_tokens: int = 256
-    """Longest answer, in tokens; a located answer that is cut counts as malformed."""
-
-    def __post_init__(self):
-        _at_least("judge", self, batch_size=1, max_new_tokens=1)
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """One run: its stages one after the other, then judging.
-
-    `data`, `method`, `train` and `student.freeze` are the last stage's; `pretrain` and `sft` come before it where
-    they are given, each with data, train, freeze and method of its own.
-    """
-
-    name: str
-    """Name of the run, and of its folder in `out`."""
-    out: str = "runs"
-    """Folder of all runs."""
-    seed: int = 0
-    """Seed of weights that start at random, of the order of the samples and of dropout."""
-    resume: bool = False
-    """Go on with the run of this name where it was interrupted; finished stages are not repeated."""
-    threads: int | None = None
-    """CPU threads of torch; left out, torch's own choice. Sums, and so weights, can differ with it."""
-    tiny: bool = False
-    """Rehearse: the same stages with tiny random parts of the same kinds and a dozen samples, on any machine."""
-    undistilled: bool = True
-    """Train the last stage a second time without the teacher, the control that the table sets beside the student."""
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    student: StudentConfig = field(default_factory=StudentConfig)
-    pretrain: StageConfig | None = None
-    """The first stage, in LLaVA's recipe the projector alone, on captions."""
-    sft: StageConfig | None = None
-    """Supervised fine-tuning before the last stage."""
-    data: DataConfig = field(default_factory=DataConfig)
-    method: MethodConfig = field(default_factory=MethodConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    judge: JudgeConfig = field(default_factory=JudgeConfig)
-
-    def __post_init__(self):
-        if not self.name or Path(self.name).name != self.name:
-            raise ValueError(f"name is {self.name!r}, it must be the name of one folder")
-        for prefix, stage in self.stages().items():
-            frozen = "student.freeze" if prefix == "" else f"{prefix}freeze"
-            if set(stage.freeze) == set(get_args(Part)):
-                raise ValueError(f"{frozen} names every part of the student, so that nothing is trained: leave one out")
-            for name, part in (("encoder_lr", "vision_tower"), ("projector_lr", "projector")):
-                if part in stage.freeze and (rate := getattr(stage.train, name)) is not None:
-                    raise ValueError(f"{prefix}train.{name} is {rate} but {frozen} names {part}: drop one of them")
-            if "language_model" in stage.freeze and stage.train.lora_rank:
-                raise ValueError(
-                    f"{prefix}train.lora_rank is {stage.train.lora_rank} but {frozen} names language_model: drop one "
-                    "of them"
-                )
-
-    def stages(self) -> dict[str, StageConfig]:
-        """The stages in order, by the prefix of their fields: "pretrain.", "sft." and "" for the last."""
-        method = self.method if self.method.distils else None
-        last = StageConfig(self.data, self.train, self.student.freeze, method)
-        earlier = {"pretrain.": self.pretrain, "sft.": self.sft}
-        return {prefix: stage.without_test() for prefix, stage in earlier.items() if stage is not None} | {"": last}
-
-    @property
-    def folder(self) -> Path:
-        """`out/name`, the run folder."""
-        return Path(self.out) / self.name
-
-    @property
-    def checks(self) -> Path:
-        """Where all runs of `out` keep what their start-up checks of large data sets found."""
-        return Path(self.out) / ".checks"
-
-
-def load_config(argv: Sequence[str] | None = None, *, prog: str | None = None) -> RunConfig:
-    """The configuration that command line arguments name (`sys.argv[1:]` by default).
+def load(run: type[Run], argv: Sequence[str], *, prog: str | None = None) -> Run:
+    """The configuration of class `run` that command line arguments name.
 
     `--config FILE.yaml` reads a file, `--section.field value` sets one field; the later one wins. `--help`
     lists the fields; a bare `--tiny` or `--resume` is true. What is wrong (an unknown key, another type, a missing
@@ -393,20 +129,36 @@ def load_config(argv: Sequence[str] | None = None, *, prog: str | None = None) -
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=prog, exit_on_error=False)
     parser.add_argument("--config", action="config", help="A YAML file of the fields below.")
-    parser.add_class_arguments(RunConfig)
+    parser.add_class_arguments(run)
     try:
-        values = parser.parse_args(_with_bare_flags(sys.argv[1:] if argv is None else list(argv)))
+        values = parser.parse_args(_with_bare_flags(argv))
         del values["config"]
-        for part in fields(RunConfig):
+        for part in fields(run):
             if is_dataclass(part.default_factory) and not isinstance(values[part.name], Namespace):
                 raise ValueError(f"{part.name} is {values[part.name]}, it must be a group of fields")
-        return RunConfig(**vars(parser.instantiate(values)))
+        return run(**vars(parser.instantiate(values)))
     except (ArgumentError, ValueError, OSError) as error:
         print(f"{parser.prog}: error: {' '.join(str(error).split())} (--help lists the fields)", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def _with_bare_flags(argv: list[str]) -> list[str]:
+def read_section(path: str | os.PathLike, name: str, section: type[Section]) -> Section:
+    """Section `name` of a configuration file, whatever else the file holds; its defaults where it is left out.
+
+    Raises FileNotFoundError for a missing file, ValueError naming the file for what `section` does not take.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(section, name)
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        return getattr(parser.instantiate(parser.parse_object({name: values.get(name) or {}})), name)
+    except (yaml.YAMLError, ArgumentError, AttributeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def _with_bare_flags(argv: Sequence[str]) -> list[str]:
     """`--tiny` and `--resume` without a value are given "true"."""
     whole = []
     for here, after in itertools.zip_longest(argv, argv[1:]):
@@ -415,20 +167,22 @@ def _with_bare_flags(argv: list[str]) -> list[str]:
     return whole
 
 
-def save_config(config: RunConfig, path: str | os.PathLike) -> None:
-    """Write `config` as the YAML file that `load_config(["--config", path])` reads back to an equal one."""
+def save_config(config: Any, path: str | os.PathLike) -> None:
+    """Write `config` as the YAML file that `load` reads back to an equal one."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False))
 
 
-def weight_fields(config: RunConfig) -> dict[str, Any]:
+def weight_fields(config: Any) -> dict[str, Any]:
     """The fields that decide a run's weights, by dotted name: all but names, places, judging and what is kept."""
     free = (".root", ".made_by", "data.in_memory", "train.data_workers", "train.keep_checkpoints")
     free += ("train.logging_steps", "train.checkpoint_every")
-    flat: dict[str, Any] = {"seed": config.seed}
-    for part in ("pretrain", "sft", "data", "teacher", "student", "method", "train"):
-        flat |= _flat(part, getattr(config, part))
+    free_sections = ("name", "out", "resume", "threads", "tiny", "undistilled", "judge")
+    flat: dict[str, Any] = {}
+    for section in fields(config):
+        if section.name not in free_sections:
+            flat |= _flat(section.name, getattr(config, section.name))
     return {name: item for name, item in flat.items() if not name.endswith(free)}
 
 
@@ -450,7 +204,8 @@ def filled_in(path: str, field: str) -> Path:
     return Path(whole)
 
 
-def _at_least(section: str, config: Any, **least: float) -> None:
+def at_least(section: str, config: Any, **least: float) -> None:
+    """ValueError where a field of `config`, section `section` of a run, is below its least value; None passes."""
     for name, smallest in least.items():
         value = getattr(config, name)
         if value is not None and value < smallest:

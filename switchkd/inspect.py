@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from switchkd.config import DataConfig, RunConfig
 from switchkd.data import ConversationDataset
 from switchkd.data.bad_samples import Faults
+from switchkd.data.config import DataConfig
 from switchkd.data.encoding import IGNORE
 from switchkd.data.images import load_image
 from switchkd.data.sources import load_source
@@ -28,6 +28,7 @@ from switchkd.data.summary import summarise
 from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.students import build_processor
 from switchkd.rehearsal import rehearse
+from switchkd.tasks.vlm_config import Run
 from switchkd.terminal import printable
 
 OPENS, CLOSES = "\u27e6", "\u27e7"  # around every run of answer tokens; no text of a data set is likely to hold them
@@ -81,7 +82,7 @@ class Inspection:
     samples: Sequence[Sample]
 
 
-def inspect_data(config: RunConfig, stage: str = "last", *, samples: int = 3, seed: int = 0) -> Inspection:
+def inspect_data(config: Run, stage: str = "last", *, samples: int = 3, seed: int = 0) -> Inspection:
     """Reads and checks the training set of one stage ("pretrain", "sft" or "last") and encodes `samples` of it, picked
     at random by `seed`, in the order of the set.
 

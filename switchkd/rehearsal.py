@@ -22,11 +22,14 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from switchkd.config import DataConfig, JudgeConfig, PartConfig, RunConfig, StageConfig, TrainConfig
+from switchkd.config import TrainConfig
+from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.data.sample_llava import CAPTIONS, INSTRUCTIONS, write_llava_sample
+from switchkd.evaluation.config import JudgeConfig
 from switchkd.models import assemble_llava
 from switchkd.models.shapes import part_config, student_config, teacher_config
 from switchkd.models.tiny import tiny_llama_tokenizer, tiny_tokenizer
+from switchkd.tasks.vlm_config import Run, StageConfig
 
 SAMPLES = 12
 SIDE, PATCH = 32, 8  # pictures of 16 visual tokens
@@ -34,7 +37,7 @@ TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "nu
 STUDENT_WIDTH, TEACHER_WIDTH = 32, 48
 
 
-def rehearse(config: RunConfig) -> RunConfig:
+def rehearse(config: Run) -> Run:
     """The configuration `NAME-tiny` of the rehearsal; its parts and samples are written to `out/.NAME-tiny`.
 
     Random weights follow the part's shape, so that a tower that student and teacher share is shared here too. A second
@@ -79,7 +82,7 @@ def rehearse(config: RunConfig) -> RunConfig:
     )
 
 
-def _write_parts(config: RunConfig, folder: Path) -> None:
+def _write_parts(config: Run, folder: Path) -> None:
     """Every part that the configuration names, as a tiny one of its kind."""
     teacher, student = config.teacher, config.student
     if teacher.path:
@@ -156,7 +159,7 @@ def _tiny_stage(stage: StageConfig, folder: Path) -> StageConfig:
 
 
 def _tiny_data(data: DataConfig, folder: Path) -> DataConfig:
-    parts = (PartConfig("llava", *_sample(part.split, folder), min(part.weight, 1.0)) for part in data.mixture)
+    parts = (MixtureConfig("llava", *_sample(part.split, folder), min(part.weight, 1.0)) for part in data.mixture)
     data = replace(data, train_images=SAMPLES, test_images=SAMPLES, mixture=tuple(parts))
     if data.source != "llava":
         return data

@@ -14,18 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from switchkd.config import RunConfig, load_config, save_config, weight_fields
+from switchkd.config import load, save_config, weight_fields
 
 
 class RunFolder:
-    """The folder of one run. `path`: where it is. `config`: the run's configuration, `name` filled in."""
+    """The folder of one run. `path`: where it is. `config`: the configuration of its task, `name` filled in."""
 
-    def __init__(self, path: Path, config: RunConfig):
+    def __init__(self, path: Path, config: Any):
         self.path = path
         self.config = config
 
     @classmethod
-    def start(cls, config: RunConfig) -> RunFolder:
+    def start(cls, config: Any) -> RunFolder:
         """A new folder, `out/name`, or `out/name-2`, `-3` ... where that is taken: no run is overwritten."""
         path = config.folder
         for number in itertools.count(2):
@@ -39,7 +39,7 @@ class RunFolder:
         return cls(path, config)
 
     @classmethod
-    def resume(cls, config: RunConfig) -> RunFolder:
+    def resume(cls, config: Any) -> RunFolder:
         """The folder `out/name` of a run that began earlier.
 
         Raises FileNotFoundError where it is missing, ValueError naming the field where it ran under another
@@ -51,7 +51,7 @@ class RunFolder:
                 f"{path} holds no run to resume: start without --resume, or give --name of a folder in {config.out}"
             )
         before, now = (
-            weight_fields(load_config(["--config", str(path / "config.yaml")])),
+            weight_fields(load(type(config), ["--config", str(path / "config.yaml")])),
             weight_fields(config),
         )
         for field in [*now, *(before.keys() - now.keys())]:

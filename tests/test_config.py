@@ -7,16 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from switchkd.config import (
-    DataConfig,
-    MethodConfig,
-    RunConfig,
-    StudentConfig,
-    TrainConfig,
-    load_config,
-    save_config,
-    weight_fields,
-)
+from switchkd.config import TrainConfig, save_config, weight_fields
+from switchkd.data.config import DataConfig
+from switchkd.methods.switch_kd_config import SwitchKDConfig
+from switchkd.models.config import StudentConfig
+from switchkd.tasks import load_config
+from switchkd.tasks.vlm_config import Run
 from switchkd.training import part_rates, training_arguments
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
@@ -30,22 +26,22 @@ def write(path, text):
 def test_file_then_command_line(tmp_path):
     path = write(tmp_path / "run.yaml", "name: a\nseed: 3\ntrain: {lr: 1e-4, steps: 7}\nmethod: {switch: null}\n")
     config = load_config(["--config", path, "--train.lr", "2e-3", "--method.align_options.temperature", "2"])
-    assert config == RunConfig(
+    assert config == Run(
         name="a",
         seed=3,
         train=TrainConfig(lr=2e-3, steps=7),
-        method=MethodConfig(switch=None, align_options={"temperature": 2}),
+        method=SwitchKDConfig(switch=None, align_options={"temperature": 2}),
     )
     assert isinstance(config.train.lr, float)
 
 
 def test_saved_config_reads_back_equal(tmp_path):
-    config = RunConfig(
+    config = Run(
         name="b",
         threads=2,
         data=DataConfig(source="voc", root="/some/where", test_images=5),
         student=StudentConfig(path="hub/name", freeze=("language_model", "projector")),
-        method=MethodConfig(
+        method=SwitchKDConfig(
             align=None,
             switch_options={"k": 8, "temperature": 1.5},
             feature="relation",
@@ -138,7 +134,7 @@ def test_help_explains_every_field(capsys):
         load_config(["--help"])
     assert stop.value.code == 0
     entries = " ".join(capsys.readouterr().out.split()).split(" --")
-    for part in fields(RunConfig):
+    for part in fields(Run):
         group = part.default_factory if is_dataclass(part.default_factory) else None
         for name in [f"{part.name}.{f.name}" for f in fields(group)] if group else [part.name]:
             # The usage comes first, the list of fields after it.
@@ -166,7 +162,7 @@ def test_data_folder_is_given_set_or_missing(tmp_path, monkeypatch):
 
 
 def test_fields_that_decide_the_weights():
-    config = RunConfig(name="a")
+    config = Run(name="a")
     same = replace(config, name="b", out="elsewhere", resume=True, threads=1, data=DataConfig(root="moved"))
     assert weight_fields(same) == weight_fields(config)
     other = replace(config, train=TrainConfig(lr=2e-3))
@@ -220,10 +216,10 @@ def test_stages_in_order_each_with_its_own_fields(tmp_path):
 
 
 def test_without_a_divergence_the_last_stage_has_no_method():
-    supervised = MethodConfig(align=None, switch=None)
-    assert RunConfig(name="a", method=supervised).stages()[""].method is None
-    for method in (MethodConfig(align=None), MethodConfig(align=None, switch=None, feature="cosine")):
-        assert RunConfig(name="a", method=method).stages()[""].method == method
+    supervised = SwitchKDConfig(align=None, switch=None)
+    assert Run(name="a", method=supervised).stages()[""].method is None
+    for method in (SwitchKDConfig(align=None), SwitchKDConfig(align=None, switch=None, feature="cosine")):
+        assert Run(name="a", method=method).stages()[""].method == method
 
 
 @pytest.mark.parametrize("flag", ["--tiny", "--resume"])

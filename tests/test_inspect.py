@@ -12,11 +12,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from switchkd.cli import app
-from switchkd.config import DataConfig, RunConfig, StageConfig, TrainConfig
+from switchkd.config import TrainConfig
 from switchkd.data import Conversation, ConversationDataset, encode
+from switchkd.data.config import DataConfig
 from switchkd.data.steel import render_steel
 from switchkd.inspect import CLOSES, OPENS, inspect_data, marked, read_parts, read_sample, show
 from switchkd.models.tiny import tiny_llama_tokenizer, tiny_processor
+from switchkd.tasks.vlm_config import Run, StageConfig
 
 TURNS = ("Is there any crazing?", "yes", "Café où? 裂纹 🙂", "là: 裂纹 🙂 [0, 12]", "Sure?", "no, none")
 
@@ -114,7 +116,7 @@ def config(tmp_path):
     ]
     (tmp_path / "talks.json").write_text(json.dumps(records))
     data = DataConfig(source="llava", root=str(pictures), train_split=str(tmp_path / "talks.json"), test_split=None)
-    return RunConfig(name="plate", out=str(tmp_path / "runs"), data=data)
+    return Run(name="plate", out=str(tmp_path / "runs"), data=data)
 
 
 def test_the_summary_counts_good_and_bad_samples(config):
@@ -172,7 +174,7 @@ def test_a_sample_names_its_pictures_and_counts_its_tokens(config):
 
 
 def test_the_pick_follows_the_seed():
-    config = RunConfig(name="plate", data=DataConfig(train_images=30, test_images=1, kinds=("exists",)))
+    config = Run(name="plate", data=DataConfig(train_images=30, test_images=1, kinds=("exists",)))
     picks = {seed: [sample.place for sample in inspect_data(config, samples=4, seed=seed).samples] for seed in (0, 1)}
     assert picks[0] != picks[1]
     assert picks[0] == sorted(set(picks[0]))

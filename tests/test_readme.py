@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from switchkd.config import load_config
+from switchkd.tasks import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -7,22 +7,18 @@ from dataclasses import replace
 
 import pytest
 
-from switchkd.config import (
-    DataConfig,
-    MethodConfig,
-    PartConfig,
-    RunConfig,
-    StageConfig,
-    StudentConfig,
-    TrainConfig,
-    load_config,
-)
+from switchkd.config import TrainConfig
+from switchkd.data.config import DataConfig, MixtureConfig
+from switchkd.methods.switch_kd_config import SwitchKDConfig
+from switchkd.models.config import StudentConfig
 from switchkd.runs import RunFolder
+from switchkd.tasks import load_config
+from switchkd.tasks.vlm_config import Run, StageConfig
 
 
 @pytest.fixture
 def config(tmp_path):
-    return RunConfig(name="plate", out=str(tmp_path / "runs"), train=TrainConfig(lr=1e-3))
+    return Run(name="plate", out=str(tmp_path / "runs"), train=TrainConfig(lr=1e-3))
 
 
 def test_no_run_is_overwritten(config, tmp_path):
@@ -50,7 +46,7 @@ def test_the_configuration_reads_back_under_the_folders_name(config):
         seed=4,
         data=DataConfig(source="voc", root="$SOMEWHERE/x", train_images=7),
         student=StudentConfig(freeze=("vision_tower",)),
-        method=MethodConfig(switch=None, align_options={"temperature": 2.0}),
+        method=SwitchKDConfig(switch=None, align_options={"temperature": 2.0}),
     )
     RunFolder.start(config)
     run = RunFolder.start(config)
@@ -82,7 +78,7 @@ def test_resume_of_a_missing_run(config, tmp_path):
     [
         ({"seed": 1}, "has seed 0, this run 1"),
         ({"train": TrainConfig(lr=2e-3)}, r"has train\.lr 0\.001, this run 0\.002"),
-        ({"method": MethodConfig(switch=None)}, r"has method\.switch dbild, this run None"),
+        ({"method": SwitchKDConfig(switch=None)}, r"has method\.switch dbild, this run None"),
         ({"student": StudentConfig(freeze=("projector",))}, r"has student\.freeze \(\), this run \('projector',\)"),
     ],
 )
@@ -94,7 +90,7 @@ def test_resume_under_another_configuration(config, change, message):
 
 def test_fields_that_only_one_of_the_configurations_has_are_compared(config):
     stage = StageConfig(DataConfig(), TrainConfig())
-    part = PartConfig("llava", "images", "a.json")
+    part = MixtureConfig("llava", "images", "a.json")
     mixed = replace(config, data=replace(config.data, mixture=(part, replace(part, weight=3.0))))
     for before, now, field in (
         (replace(config, pretrain=stage), config, "pretrain"),

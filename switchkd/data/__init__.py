@@ -1,15 +1,6 @@
 """Data: conversations, their encoding, defect images and the questions made from them."""
 
-from switchkd.data.conversations import (
-    Conversation,
-    check_conversations,
-    join_turns,
-    read_llava,
-    read_messages,
-)
-from switchkd.data.defects import DefectImage, read_defects
-from switchkd.data.encoding import Collator, ConversationDataset, encode, encode_prompt
-from switchkd.data.instruct import box_to_grid, grid_to_box, to_conversations
+from switchkd.lazy import lazily
 
 __all__ = [
     "Collator",
@@ -27,3 +18,23 @@ __all__ = [
     "read_messages",
     "to_conversations",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Collator": "encoding",
+        "Conversation": "conversations",
+        "ConversationDataset": "encoding",
+        "DefectImage": "defects",
+        "box_to_grid": "instruct",
+        "check_conversations": "conversations",
+        "encode": "encoding",
+        "encode_prompt": "encoding",
+        "grid_to_box": "instruct",
+        "join_turns": "conversations",
+        "read_defects": "defects",
+        "read_llava": "conversations",
+        "read_messages": "conversations",
+        "to_conversations": "instruct",
+    },
+)

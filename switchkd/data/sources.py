@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from switchkd.config import DataConfig, filled_in
+from switchkd.config import filled_in
 from switchkd.data.bad_samples import keep_good
+from switchkd.data.config import DataConfig
 from switchkd.data.conversations import Conversation, check_conversation, join_turns, read_llava, read_messages
 from switchkd.data.defects import DefectImage, read_defects
 from switchkd.data.instruct import to_conversations

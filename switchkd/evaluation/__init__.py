@@ -1,8 +1,6 @@
 """Judging a model: its answers with their probabilities, and what they are worth."""
 
-from switchkd.evaluation.answers import answer_rows, score_answers
-from switchkd.evaluation.detection_qa import all_found, box_scores, parse_boxes, score_detections
-from switchkd.evaluation.generate import Answer, generate_answers
+from switchkd.lazy import lazily
 
 __all__ = [
     "Answer",
@@ -14,3 +12,17 @@ __all__ = [
     "score_answers",
     "score_detections",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "Answer": "generate",
+        "all_found": "detection_qa",
+        "answer_rows": "answers",
+        "box_scores": "detection_qa",
+        "generate_answers": "generate",
+        "parse_boxes": "detection_qa",
+        "score_answers": "answers",
+        "score_detections": "detection_qa",
+    },
+)

@@ -1,7 +1,18 @@
 """A method is one nn.Module that holds its student and its frozen teacher; forward(batch) -> Terms."""
 
-from switchkd.methods.supervised import SupervisedMethod
-from switchkd.methods.switch_kd import SwitchKD
-from switchkd.methods.terms import Terms
+from switchkd.lazy import lazily
 
-__all__ = ["SupervisedMethod", "SwitchKD", "Terms"]
+__all__ = [
+    "SupervisedMethod",
+    "SwitchKD",
+    "Terms",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "SupervisedMethod": "supervised",
+        "SwitchKD": "switch_kd",
+        "Terms": "terms",
+    },
+)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerBase
 
-from switchkd.config import StudentConfig, TeacherConfig
+from switchkd.models.config import StudentConfig, TeacherConfig
 from switchkd.models.pictures import image_settings
 from switchkd.models.templates import IMAGE_TOKEN, PROBE, render
 from switchkd.models.tiny import TEACHER

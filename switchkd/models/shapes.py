@@ -22,7 +22,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from switchkd.config import StudentConfig, TeacherConfig, load_config
+from switchkd.config import read_section
+from switchkd.models.config import StudentConfig, TeacherConfig
 from switchkd.models.templates import image_row
 from switchkd.models.tiny import STUDENT_SHAPE, TEACHER, VISION_TOWER, tiny_text_config, tiny_tokenizer
 
@@ -224,7 +225,7 @@ def teacher_config(config: TeacherConfig) -> LlavaConfig:
     """The configuration of a teacher: the package's tiny one, that of `config.path`, or while that does not exist yet
     of what `config.made_by` makes. Raises as `saved_config` and `student_config`."""
     if config.made_by and not Path(config.path).exists():
-        return student_config(load_config(["--config", config.made_by]).student)
+        return student_config(read_section(config.made_by, "student", StudentConfig))
     return saved_config(config.path or TEACHER)
 
 

@@ -17,7 +17,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from switchkd.config import StudentConfig
+from switchkd.models.config import StudentConfig
 from switchkd.models.llava import assemble_llava, freeze, load_llava, make_processor
 from switchkd.models.pictures import load_pictures, tower_pictures
 from switchkd.models.shapes import check_tower, feature_layer, part_config

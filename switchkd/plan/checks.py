@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from transformers import LlavaConfig, LlavaProcessor
 
-from switchkd.config import RunConfig, TrainConfig, load_config
+from switchkd.config import TrainConfig
 from switchkd.models import same_inputs, shared_vocab
 from switchkd.models.pair import teacher_processor
 from switchkd.plan.gpus import Gpu
+from switchkd.tasks import load_config
+from switchkd.tasks.vlm_config import Run
 
 if TYPE_CHECKING:
     from switchkd.plan.planner import StagePlan
@@ -30,7 +32,7 @@ class Problem:
 
 
 def check_tokenizers(
-    config: RunConfig,
+    config: Run,
     student: LlavaConfig,
     teacher: LlavaConfig,
     processor: LlavaProcessor | None,
@@ -65,7 +67,7 @@ def check_tokenizers(
     return shared
 
 
-def same_towers(config: RunConfig, stage: str, student: LlavaConfig, teacher: LlavaConfig | None) -> bool | None:
+def same_towers(config: Run, stage: str, student: LlavaConfig, teacher: LlavaConfig | None) -> bool | None:
     """Whether student and teacher have equal vision towers when `stage` starts; None where nothing says so."""
     if teacher is None or config.teacher.steps or _moved(config, stage):
         return False
@@ -83,7 +85,7 @@ def same_towers(config: RunConfig, stage: str, student: LlavaConfig, teacher: Ll
     return None if alike else False
 
 
-def _moved(config: RunConfig, stage: str) -> bool:
+def _moved(config: Run, stage: str) -> bool:
     earlier = list(config.stages().items())[:-1] if stage in ("student", "undistilled") else []
     return any("vision_tower" not in each.freeze for _, each in earlier)
 
@@ -165,7 +167,7 @@ def check_memory(
     )
 
 
-def check_run(config: RunConfig, stages: int, engine: str, problems: list[Problem]) -> None:
+def check_run(config: Run, stages: int, engine: str, problems: list[Problem]) -> None:
     """What concerns the run as a whole."""
     if engine == "zero3" and stages > 1:
         problems.append(

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from switchkd.config import RunConfig, StageConfig, TrainConfig
+from switchkd.config import TrainConfig
 from switchkd.methods import SupervisedMethod, SwitchKD
 from switchkd.models import freeze
 from switchkd.models.adapter import LinearAdapter
@@ -48,6 +48,7 @@ from switchkd.plan.costs import (
 )
 from switchkd.plan.gpus import ALLOWANCE, ENGINES, Gpu, find_gpu, kept_memory, shared_gradients
 from switchkd.plan.survey import Survey, local_processor, survey
+from switchkd.tasks.vlm_config import Run, StageConfig
 from switchkd.training.stages import NAMES, Stage, stages_of
 
 Parameters = dict[str, tuple[int, int]]  # part -> trained, frozen
@@ -78,7 +79,7 @@ class Plan:
     teacher. disk: bytes by what they are for. problems: what would end the run, and what is worth knowing. assumed:
     what this plan does not know."""
 
-    config: RunConfig
+    config: Run
     gpu: Gpu
     gpus: int
     engine: str
@@ -98,9 +99,7 @@ class Plan:
         return None if None in hours else sum(hours) * self.gpus
 
 
-def make_plan(
-    config: RunConfig, *, gpu: str = "h100", gpus: int = 8, engine: str = "ddp", efficiency: float = 0.25
-) -> Plan:
+def make_plan(config: Run, *, gpu: str = "h100", gpus: int = 8, engine: str = "ddp", efficiency: float = 0.25) -> Plan:
     """The plan of every stage of `config` on `gpus` GPUs of a kind (`switchkd.plan.gpus.GPUS`).
 
     engine: ddp, zero2 or zero3. efficiency: share of the GPU's dense bfloat16 peak that training reaches; the default
@@ -119,7 +118,7 @@ def make_plan(
 class _Planner:
     """Collects problems and assumptions while it goes through the stages."""
 
-    def __init__(self, config: RunConfig, gpu: Gpu, gpus: int, engine: str, efficiency: float):
+    def __init__(self, config: Run, gpu: Gpu, gpus: int, engine: str, efficiency: float):
         self.config, self.gpu, self.gpus, self.engine, self.efficiency = config, gpu, gpus, engine, efficiency
         self.problems: list[Problem] = []
         self.assumed: list[str] = []
@@ -284,7 +283,7 @@ class _Planner:
 TEACHER_STAGE = "teacher"
 
 
-def _stages(config: RunConfig) -> list[Stage]:
+def _stages(config: Run) -> list[Stage]:
     stages = stages_of(config)
     if config.teacher.steps:
         settings = replace(

@@ -12,9 +12,11 @@ from pathlib import Path
 
 from transformers import LlavaProcessor
 
-from switchkd.config import DataConfig, StudentConfig, filled_in
+from switchkd.config import filled_in
 from switchkd.data import ConversationDataset
+from switchkd.data.config import DataConfig
 from switchkd.data.sources import load_source
+from switchkd.models.config import StudentConfig
 from switchkd.models.students import build_processor
 
 MEASURED = 1000  # samples of a set that are encoded for their lengths

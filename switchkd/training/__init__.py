@@ -1,8 +1,22 @@
 """Training: one trainer for every method."""
 
-from switchkd.training.arguments import part_rates, training_arguments
-from switchkd.training.checkpoints import latest_checkpoint
-from switchkd.training.processes import process_state
-from switchkd.training.trainer import DistillTrainer
+from switchkd.lazy import lazily
 
-__all__ = ["DistillTrainer", "latest_checkpoint", "part_rates", "process_state", "training_arguments"]
+__all__ = [
+    "DistillTrainer",
+    "latest_checkpoint",
+    "part_rates",
+    "process_state",
+    "training_arguments",
+]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "DistillTrainer": "trainer",
+        "latest_checkpoint": "checkpoints",
+        "part_rates": "arguments",
+        "process_state": "processes",
+        "training_arguments": "arguments",
+    },
+)

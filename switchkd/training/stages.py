@@ -14,8 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, set_seed
 
-from switchkd.config import DataConfig, RunConfig, StageConfig, TrainConfig, weight_fields
+from switchkd.config import TrainConfig, weight_fields
 from switchkd.data import Conversation, ConversationDataset
+from switchkd.data.config import DataConfig
 from switchkd.data.sources import Source, load_source
 from switchkd.methods import SupervisedMethod, SwitchKD
 from switchkd.models import freeze, load_llava
@@ -24,6 +25,7 @@ from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora, merge_lora
 from switchkd.models.students import build_student
 from switchkd.runs import RunFolder
+from switchkd.tasks.vlm_config import Run, StageConfig
 from switchkd.training.arguments import part_rates, training_arguments
 from switchkd.training.trainer import DistillTrainer
 
@@ -40,7 +42,7 @@ class Stage:
     config: StageConfig
 
 
-def stages_of(config: RunConfig) -> list[Stage]:
+def stages_of(config: Run) -> list[Stage]:
     """The stages in order; before a last one that distils, the undistilled student, where the run asks for it."""
     stages, start = [], None
     for prefix, stage in config.stages().items():
@@ -57,7 +59,7 @@ class StageData:
     Stages of one data section share one set. The first process checks, the others read what it found.
     """
 
-    def __init__(self, config: RunConfig, stages: list[Stage], processor: LlavaProcessor):
+    def __init__(self, config: Run, stages: list[Stage], processor: LlavaProcessor):
         self.processor = processor
         self._sets: dict[DataConfig, ConversationDataset] = {}
         self._sources: dict[DataConfig, Source] = {}
@@ -98,7 +100,7 @@ class StageData:
         return self._encoded[data]
 
 
-def start_run(config: RunConfig) -> RunFolder:
+def start_run(config: Run) -> RunFolder:
     """The run's folder, made by the first process and known to all."""
     folder = [RunFolder.start(config) if PartialState().is_main_process else None]
     return broadcast_object_list(folder)[0]
@@ -112,7 +114,7 @@ def is_finished(run: RunFolder, name: str) -> bool:
     return finished
 
 
-def start_student(config: RunConfig, stage: Stage, run: RunFolder | None = None) -> tuple:
+def start_student(config: Run, stage: Stage, run: RunFolder | None = None) -> tuple:
     """Student and processor as `stage` starts with them, its frozen parts frozen; random parts follow the seed.
 
     Without a run, the student that the configuration builds, whatever the stage.

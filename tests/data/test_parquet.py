@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from switchkd.config import DataConfig
 from switchkd.data import Conversation, ConversationDataset, encode, parquet, read_messages
+from switchkd.data.config import DataConfig
 from switchkd.data.images import check_image, load_image
 from switchkd.data.parquet import ParquetImage
 from switchkd.data.sources import load_source

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from switchkd.config import DataConfig, PartConfig
+from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.data.instruct import shown
 from switchkd.data.sources import load_source
 from switchkd.data.steel import CLASSES
@@ -310,7 +310,7 @@ def mixed(tmp_path, *weights, **changes):
     config = write_file(tmp_path, "llava", **parts)
     more = tmp_path / "more.jsonl"
     more.write_text("\n".join(json.dumps(messages_record(number)) for number in range(10, 20)))
-    mixture = tuple(PartConfig("messages", str(tmp_path), str(more), weight) for weight in weights)
+    mixture = tuple(MixtureConfig("messages", str(tmp_path), str(more), weight) for weight in weights)
     return replace(config, mixture=mixture, **changes)
 
 
@@ -346,7 +346,7 @@ def test_train_images_are_of_the_main_part_alone(tmp_path):
 def test_a_voc_part_asks_for_its_own_classes(tmp_path):
     (tmp_path / "voc").mkdir()
     write_voc(tmp_path / "voc", all=["rust", "dent"] * 4)
-    part = PartConfig("voc", str(tmp_path / "voc"), "all", 2)
+    part = MixtureConfig("voc", str(tmp_path / "voc"), "all", 2)
     source = load_source(replace(STEEL, train_images=2, test_images=1, mixture=(part,), kinds=("classify", "count")))
     added = source.train[2:]
     assert Counter(each.id for each in added) == dict.fromkeys({each.id for each in added}, 2)

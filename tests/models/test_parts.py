@@ -30,10 +30,10 @@ from transformers import (
     StableLmForCausalLM,
 )
 
-from switchkd.config import StudentConfig
 from switchkd.data import Collator, Conversation, encode
 from switchkd.methods import SwitchKD
 from switchkd.models import assemble_llava, pathway
+from switchkd.models.config import StudentConfig
 from switchkd.models.students import build_student
 from switchkd.models.tiny import tiny_llama_tokenizer, tiny_tokenizer
 

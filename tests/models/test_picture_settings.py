@@ -16,7 +16,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from switchkd.config import StudentConfig
+from switchkd.models.config import StudentConfig
 from switchkd.models.pictures import image_settings
 from switchkd.models.students import build_student
 

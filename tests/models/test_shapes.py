@@ -12,7 +12,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from switchkd.config import StudentConfig, TeacherConfig
+from switchkd.models.config import StudentConfig, TeacherConfig
 from switchkd.models.shapes import SHAPES, TOKENS, part_config, student_config, teacher_config
 from switchkd.models.students import build_student
 from switchkd.models.tiny import LLAMA_CHAT_TEMPLATE, TEACHER, tiny_llama_tokenizer, tiny_vision_config

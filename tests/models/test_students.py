@@ -20,8 +20,8 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from switchkd.config import StudentConfig
 from switchkd.models import students
+from switchkd.models.config import StudentConfig
 from switchkd.models.students import build_student, load_vision_tower
 from switchkd.models.tiny import CHAT_TEMPLATE, STUDENT_SHAPE, tiny_text_config, tiny_tokenizer, tiny_vision_config
 

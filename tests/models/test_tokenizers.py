@@ -10,10 +10,10 @@ import sentencepiece
 from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
 
-from switchkd.config import StudentConfig
 from switchkd.data import Conversation, encode
 from switchkd.data.encoding import encode_prompt
 from switchkd.models import shared_vocab
+from switchkd.models.config import StudentConfig
 from switchkd.models.students import build_student
 from switchkd.models.tiny import LLAMA_CHAT_TEMPLATE, tiny_llama_tokenizer, tiny_vision_config
 

@@ -9,11 +9,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from switchkd.config import DataConfig, MethodConfig, RunConfig, StageConfig, StudentConfig, TeacherConfig, TrainConfig
+from switchkd.config import TrainConfig
+from switchkd.data.config import DataConfig
+from switchkd.methods.switch_kd_config import SwitchKDConfig
+from switchkd.models.config import StudentConfig, TeacherConfig
 from switchkd.models.tiny import random_llava, tiny_processor, tiny_tokenizer
 from switchkd.plan import make_plan, show
 from switchkd.plan.gpus import GPUS, find_gpu, kept_memory
 from switchkd.plan.survey import KNOWN_SETS
+from switchkd.tasks.vlm_config import Run, StageConfig
 
 SIZES = {"vision_hidden": 32, "vision_layers": 2, "image_size": 32, "patch_size": 8, "layers": 2}
 TRAIN = TrainConfig(batch_size=4, bf16=True)
@@ -54,8 +58,8 @@ def talks(tmp_path_factory) -> DataConfig:
 
 
 @pytest.fixture
-def run(pair, talks) -> RunConfig:
-    return RunConfig(
+def run(pair, talks) -> Run:
+    return Run(
         name="run",
         undistilled=False,
         teacher=TeacherConfig(path=pair[1]),
@@ -157,7 +161,7 @@ def test_towers_of_other_widths_and_other_visual_tokens_cannot_be_switched(run, 
 
 def test_an_adapter_lets_towers_of_other_widths_be_switched(run, tmp_path):
     wide = StudentConfig(path=save(tmp_path / "wide", vision_hidden=48))
-    adapted = replace(run, student=wide, method=MethodConfig(switch_adapter="linear"))
+    adapted = replace(run, student=wide, method=SwitchKDConfig(switch_adapter="linear"))
     plan = make_plan(adapted, gpus=1)
     assert problems(plan) == {}
     trained = sum(part[0] for part in plan.stages[0].parameters.values()) + 48 * 32 + 32
@@ -170,7 +174,7 @@ def test_one_frozen_encoder_in_both_makes_the_switch_exactly_zero(run, pair):
     other = StudentConfig(path=pair[0], freeze=("vision_tower",))
     text = problems(make_plan(replace(run, student=other), gpus=1))["method"]
     assert "trains the student's vision tower alone, and that is frozen" in text
-    without = replace(run, student=shared, method=MethodConfig(switch=None))
+    without = replace(run, student=shared, method=SwitchKDConfig(switch=None))
     assert problems(make_plan(without, gpus=1)) == {}
 
 
@@ -194,7 +198,7 @@ def test_other_vocabularies_are_found_where_the_tokenizers_are_local(run, tmp_pa
 def test_tokenizers_that_are_not_on_this_disk_are_not_checked_and_that_is_said(run):
     student = StudentConfig(vision_tower="google/siglip-base-patch16-224", language_model="Qwen/Qwen2.5-0.5B")
     run = replace(run, student=student, data=replace(run.data, max_length=None))
-    plan = make_plan(replace(run, method=MethodConfig(align=None, switch=None)), gpus=1)
+    plan = make_plan(replace(run, method=SwitchKDConfig(align=None, switch=None)), gpus=1)
     (stage,) = plan.stages
     assert plan.teacher == {}
     assert any(text.startswith("data, the student's tokenizer is not on this disk") for text in plan.assumed)

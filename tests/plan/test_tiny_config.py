@@ -9,7 +9,6 @@ import pytest
 import torch
 from measured import measured_peak
 
-from switchkd.config import load_config
 from switchkd.data.encoding import Collator
 from switchkd.models import load_llava, shared_vocab
 from switchkd.models.llava import recompute_activations
@@ -18,6 +17,7 @@ from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.plan import make_plan
 from switchkd.plan.gpus import ALLOWANCE
 from switchkd.rehearsal import rehearse
+from switchkd.tasks import load_config
 from switchkd.training.stages import StageData, build_method, stages_of, start_student
 
 ROOT = Path(__file__).parents[2]

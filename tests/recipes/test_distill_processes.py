@@ -14,9 +14,9 @@ import pytest
 import torch
 from recipe_run import RECIPES, load_recipe, start_process, write_pair
 
-from switchkd.config import load_config
 from switchkd.data import encode_prompt
 from switchkd.data.sources import load_source
+from switchkd.tasks import load_config
 from switchkd.training import stages
 
 pytestmark = pytest.mark.slow

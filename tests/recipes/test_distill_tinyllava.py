@@ -13,9 +13,9 @@ import pytest
 from recipe_run import load_recipe, write_pair
 from transformers import SiglipVisionModel
 
-from switchkd.config import load_config
 from switchkd.evaluation import judge
 from switchkd.models import load_llava
+from switchkd.tasks import load_config
 
 ROWS = ["teacher", "undistilled", "Switch-KD", "Switch-KD, blind"]
 

@@ -15,9 +15,9 @@ from recipe_run import RECIPES, load_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from switchkd.config import load_config
 from switchkd.models import shared_vocab
 from switchkd.rehearsal import rehearse
+from switchkd.tasks import load_config
 
 PAIRS = ("tinyllava_3b_to_0.5b", "tinyllava_3b_to_0.5b_lora", "clip_7b_to_1.5b", "llava_7b_to_1.1b")
 STAGES = ("pretrain", "sft", "undistilled", "student")

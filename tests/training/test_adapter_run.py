@@ -11,19 +11,23 @@ from safetensors.torch import load_file
 from toy_run import Crash, weights_hash
 from transformers import AutoModelForImageTextToText, set_seed
 
-from switchkd.config import DataConfig, MethodConfig, RunConfig, StageConfig, StudentConfig, TrainConfig
+from switchkd.config import TrainConfig
 from switchkd.data import ConversationDataset, to_conversations
+from switchkd.data.config import DataConfig
 from switchkd.data.steel import CLASSES, render_steel
 from switchkd.methods import SwitchKD
+from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models import freeze
 from switchkd.models.adapter import LinearAdapter, fit_switch_adapter
+from switchkd.models.config import StudentConfig
 from switchkd.models.tiny import random_llava, tiny_processor
 from switchkd.runs import RunFolder
+from switchkd.tasks.vlm_config import Run, StageConfig
 from switchkd.training import DistillTrainer, part_rates, training_arguments
 from switchkd.training.stages import build_method, fit_adapter, stages_of, train_stage
 
 COARSE = {"hidden": 32, "layers": 1, "vision_hidden": 24, "vision_layers": 1, "image_size": 32, "patch_size": 16}
-METHOD = MethodConfig(switch="forward_kl", feature="cosine", switch_adapter="linear")
+METHOD = SwitchKDConfig(switch="forward_kl", feature="cosine", switch_adapter="linear")
 
 
 @pytest.fixture
@@ -89,7 +93,7 @@ def test_the_pair_is_checked_with_an_adapter_that_is_not_fitted_yet(narrow, teac
     assert method.feature is not None
     fitted = fit_switch_adapter(narrow, teacher, [torch.randn(2, 3, 32, 32)])
     assert build_method(stage, narrow, teacher, None, fitted).switch_adapter is fitted
-    without = StageConfig(DataConfig(), TrainConfig(), method=MethodConfig())
+    without = StageConfig(DataConfig(), TrainConfig(), method=SwitchKDConfig())
     with pytest.raises(ValueError, match="switch_adapter"):
         build_method(without, narrow, teacher, None)
 
@@ -113,7 +117,7 @@ def test_the_fit_takes_samples_from_the_whole_set(narrow, teacher, samples, monk
 def test_a_stage_fits_trains_and_exports(tmp_path, narrow, teacher, samples, capsys):
     narrow.save_pretrained(tmp_path / "start")
     tiny_processor(image_size=32, patch_size=16).save_pretrained(tmp_path / "start")
-    config = RunConfig(
+    config = Run(
         name="a",
         out=str(tmp_path / "runs"),
         undistilled=False,

@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from switchkd.config import DataConfig, MethodConfig, RunConfig, StageConfig, TrainConfig
+from switchkd.config import TrainConfig
+from switchkd.data.config import DataConfig
+from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.tiny import tiny_processor
+from switchkd.tasks.vlm_config import Run, StageConfig
 from switchkd.training.stages import StageData, stages_of
 
 STEEL = DataConfig(train_images=3, test_images=2, kinds=("exists",))
@@ -19,11 +22,11 @@ def shown(config):
 
 
 def test_one_stage_is_trained_with_and_without_the_teacher():
-    assert shown(RunConfig(name="a")) == [("undistilled", None, False), ("student", None, True)]
+    assert shown(Run(name="a")) == [("undistilled", None, False), ("student", None, True)]
 
 
 def test_each_stage_starts_from_the_one_before_and_the_control_from_where_the_student_does():
-    config = RunConfig(name="a", pretrain=FIRST, sft=replace(FIRST, method=MethodConfig(switch=None)))
+    config = Run(name="a", pretrain=FIRST, sft=replace(FIRST, method=SwitchKDConfig(switch=None)))
     assert shown(config) == [
         ("pretrain", None, False),
         ("sft", "pretrain", True),
@@ -31,18 +34,18 @@ def test_each_stage_starts_from_the_one_before_and_the_control_from_where_the_st
         ("student", "sft", True),
     ]
     assert shown(replace(config, undistilled=False, sft=None))[1:] == [("student", "pretrain", True)]
-    supervised = replace(config, method=MethodConfig(align=None, switch=None))
+    supervised = replace(config, method=SwitchKDConfig(align=None, switch=None))
     assert shown(supervised)[2:] == [("student", "sft", False)]
 
 
 def test_the_control_differs_in_its_method_alone():
-    undistilled, student = stages_of(RunConfig(name="a"))
+    undistilled, student = stages_of(Run(name="a"))
     assert replace(undistilled.config, method=student.config.method) == student.config
 
 
 @pytest.fixture
 def config(tmp_path):
-    return RunConfig(name="a", out=str(tmp_path), data=STEEL, pretrain=FIRST)
+    return Run(name="a", out=str(tmp_path), data=STEEL, pretrain=FIRST)
 
 
 def test_stages_of_one_data_section_share_their_samples(config):
