@@ -75,7 +75,10 @@ def plan(
 def inspect(
     ctx: typer.Context,
     config: CONFIG,
-    stage: Annotated[str, typer.Option(metavar="pretrain|sft|last", help="Stage whose data is read.")] = "last",
+    stage: Annotated[
+        str | None,
+        typer.Option(metavar="teacher|pretrain|sft|distil", help="Stage whose data is read; left out, the last."),
+    ] = None,
     samples: Annotated[int, typer.Option(min=0, help="Samples to show, picked at random.")] = 3,
     seed: Annotated[int, typer.Option(help="Seed of the pick.")] = 0,
     fields: FIELDS = False,

@@ -82,8 +82,8 @@ class Inspection:
     samples: Sequence[Sample]
 
 
-def inspect_data(config: Run, stage: str = "last", *, samples: int = 3, seed: int = 0) -> Inspection:
-    """Reads and checks the training set of one stage ("pretrain", "sft" or "last") and encodes `samples` of it, picked
+def inspect_data(config: Run, stage: str | None = None, *, samples: int = 3, seed: int = 0) -> Inspection:
+    """Reads and checks the training set of one stage (left out, the last) and encodes `samples` of it, picked
     at random by `seed`, in the order of the set.
 
     Bad samples are counted, however many they are. Raises ValueError for a stage that the configuration does not have,
@@ -91,12 +91,13 @@ def inspect_data(config: Run, stage: str = "last", *, samples: int = 3, seed: in
     """
     if config.tiny:
         config = rehearse(config)
-    stages = {prefix.rstrip(".") or "last": each for prefix, each in config.stages().items()}
+    stages = {each.name: each for each in config.stages()}
+    stage = config.last.name if stage is None else stage
     if stage not in stages:
         raise ValueError(f"--stage is {stage}, but the run {config.name} has {', '.join(stages)}: give one of them")
     data = stages[stage].data
     student = config.student
-    if any(each.method for each in stages.values()):
+    if config.distils:
         student = as_teacher_reads(student, config.teacher, teacher_processor(config.teacher))
     processor = build_processor(student)
     conversations = load_source(replace(data, test_split=None)).train

@@ -9,6 +9,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -58,7 +59,14 @@ def rehearse(config: Run) -> Run:
         if state.is_main_process:
             write_llava_sample(folder / "data")
             _write_parts(config, folder)
-    stages = {prefix: _tiny_stage(stage, folder / "data") for prefix, stage in config.stages().items()}
+    made = folder / "data"
+    stages = config.stages()
+    names = ("pretrain", "sft", "distil")
+    sections: dict[str, Any] = {name: _tiny_stage(getattr(config, name), made) for name in names}
+    if any("data" not in stage.own for stage in stages):
+        sections["data"] = _tiny_data(config.data, made)
+    if any("train" not in stage.own for stage in stages):
+        sections["train"] = _tiny_train(config.train)
     teacher = replace(config.teacher, steps=min(config.teacher.steps, 2))
     if teacher.path:
         teacher = replace(teacher, path=str(folder / "teacher"), made_by=None)
@@ -74,10 +82,7 @@ def rehearse(config: Run) -> Run:
         tiny=False,
         teacher=teacher,
         student=student,
-        pretrain=stages.get("pretrain."),
-        sft=stages.get("sft."),
-        data=stages[""].data,
-        train=stages[""].train,
+        **sections,
         judge=JudgeConfig(batch_size=4, max_new_tokens=8),
     )
 
@@ -154,8 +159,11 @@ def _seed(shape: PreTrainedConfig) -> int:
     return zlib.crc32(f"{shape.model_type} {shape.hidden_size} {shape.num_hidden_layers}".encode())
 
 
-def _tiny_stage(stage: StageConfig, folder: Path) -> StageConfig:
-    return replace(stage, data=_tiny_data(stage.data, folder), train=_tiny_train(stage.train))
+def _tiny_stage(stage: StageConfig | None, folder: Path) -> StageConfig | None:
+    if stage is None:
+        return None
+    data, train = stage.data and _tiny_data(stage.data, folder), stage.train and _tiny_train(stage.train)
+    return replace(stage, data=data, train=train)
 
 
 def _tiny_data(data: DataConfig, folder: Path) -> DataConfig:

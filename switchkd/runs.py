@@ -1,8 +1,8 @@
 """A run's folder: what a run leaves behind, and where the next command finds it.
 
 runs/NAME/config.yaml  log.jsonl  results.json  answers.jsonl  table.md  boxes.png
-          teacher/  undistilled/  student/      stock checkpoints
-          checkpoints/                          what an unfinished stage resumes from
+          teacher/  pretrain/  sft/  undistilled/  student/    stock checkpoints, student/ that of the last stage
+          checkpoints/STAGE/                                   what an unfinished stage resumes from
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 
 from switchkd.config import load, save_config, weight_fields
 
+RESULTS = "results.json"  # written last: a run that has it is finished
+
 
 class RunFolder:
     """The folder of one run. `path`: where it is. `config`: the configuration of its task, `name` filled in."""
@@ -26,17 +28,50 @@ class RunFolder:
 
     @classmethod
     def start(cls, config: Any) -> RunFolder:
-        """A new folder, `out/name`, or `out/name-2`, `-3` ... where that is taken: no run is overwritten."""
+        """A new folder, `out/name`, or `out/name-2`, `-3` ... where a finished run has that name: none is overwritten.
+
+        Raises FileExistsError where the run of that name is not finished, OSError where the folder cannot be written.
+        """
         path = config.folder
         for number in itertools.count(2):
             try:
                 path.mkdir(parents=True)  # also right when two runs start at once
                 break
             except FileExistsError:
+                cls._refuse_unfinished(path)
                 path = config.folder.with_name(f"{config.name}-{number}")
+            except OSError as error:
+                way_out = f"{path} cannot be made ({error.strerror}): give another --out"
+                raise OSError(f"out is {config.out} and {way_out}") from error
         config = replace(config, name=path.name)
-        save_config(config, path / "config.yaml")
+        save_config(config, path / "config.yaml", out="..")  # wherever the folder of all runs is moved to
         return cls(path, config)
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Raises, before anything is read, what `start` and `resume` can tell of the folder alone."""
+        if config.resume:
+            cls._refuse_missing(config)
+        else:
+            cls._refuse_unfinished(config.folder)
+
+    @staticmethod
+    def _refuse_missing(config: Any) -> None:
+        if not (config.folder / "config.yaml").is_file():
+            raise FileNotFoundError(
+                f"{config.folder} holds no run to resume: start without --resume, or give --name of a folder in "
+                f"{config.out}"
+            )
+
+    @staticmethod
+    def _refuse_unfinished(path: Path) -> None:
+        if (path / "config.yaml").is_file() and not (path / RESULTS).is_file():
+            reached = [stage.name for stage in path.glob("checkpoints/*") if any(stage.iterdir())]
+            where = f", in stage {', '.join(reached)}" if reached else ""
+            raise FileExistsError(
+                f"{path} holds a run that is not finished{where}: go on with it (--name {path.name} --resume), or give "
+                "this one another --name"
+            )
 
     @classmethod
     def resume(cls, config: Any) -> RunFolder:
@@ -46,10 +81,7 @@ class RunFolder:
         configuration.
         """
         path = config.folder
-        if not (path / "config.yaml").is_file():
-            raise FileNotFoundError(
-                f"{path} holds no run to resume: start without --resume, or give --name of a folder in {config.out}"
-            )
+        cls._refuse_missing(config)
         before, now = (
             weight_fields(load(type(config), ["--config", str(path / "config.yaml")])),
             weight_fields(config),
@@ -63,11 +95,12 @@ class RunFolder:
                 )
         return cls(path, config)
 
-    def model(self, stage: str) -> Path:
-        """Folder of the stage's stock checkpoint; it exists only when the stage is finished."""
-        return self.path / stage
+    def model(self, folder: str) -> Path:
+        """Folder of a stage's stock checkpoint; it exists only when the stage is finished."""
+        return self.path / folder
 
     def checkpoints(self, stage: str) -> Path:
+        """What the stage of that name resumes from while it is not finished."""
         return self.path / "checkpoints" / stage
 
     def write(self, name: str, content: dict | list[dict]) -> None:

@@ -12,7 +12,7 @@ from switchkd.data.config import DataConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.config import StudentConfig
 from switchkd.tasks import load_config
-from switchkd.tasks.vlm_config import Run
+from switchkd.tasks.vlm_config import Run, StageConfig
 from switchkd.training import part_rates, training_arguments
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
@@ -38,9 +38,11 @@ def test_file_then_command_line(tmp_path):
 def test_saved_config_reads_back_equal(tmp_path):
     config = Run(
         name="b",
+        out=str(tmp_path / "runs"),
         threads=2,
         data=DataConfig(source="voc", root="/some/where", test_images=5),
-        student=StudentConfig(path="hub/name", freeze=("language_model", "projector")),
+        student=StudentConfig(path="hub/name"),
+        distil=StageConfig(freeze=("language_model", "projector")),
         method=SwitchKDConfig(
             align=None,
             switch_options={"k": 8, "temperature": 1.5},
@@ -60,7 +62,7 @@ def test_saved_config_reads_back_equal(tmp_path):
         (["--config", "{unknown}"], "'train' does not accept option 'lrr'"),
         (["--config", "{top}"], "'nmae' is not accepted"),
         (["--config", "{number}"], "train is 3, it must be a group of fields"),
-        (["--config", "{torn}"], "Problems parsing config"),
+        (["--config", "{torn}"], "torn.yaml is not a YAML file that can be read"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
         (["--name", "a", "--train.lrr", "1"], "unrecognized arguments: --train.lrr"),
         (["--name", "a", "--train.lr", "fast"], "\"train.lr\": Expected a <class 'float'>. Got value: fast"),
@@ -76,14 +78,14 @@ def test_saved_config_reads_back_equal(tmp_path):
             "train.global_batch_size is 8 and train.gradient_accumulation_steps 2: keep one of them",
         ),
         (
-            ["--name", "a", "--student.freeze", "[language_model]", "--train.lora_rank", "8"],
-            "train.lora_rank is 8 but student.freeze names language_model",
+            ["--name", "a", "--distil.freeze", "[language_model]", "--train.lora_rank", "8"],
+            "train.lora_rank is 8 but distil.freeze names language_model",
         ),
         (
-            ["--name", "a", "--student.freeze", "[vision_tower, projector, language_model]"],
-            "student.freeze names every part of the student, so that nothing is trained",
+            ["--name", "a", "--distil.freeze", "[vision_tower, projector, language_model]"],
+            "distil.freeze names every part of the student, so that nothing is trained",
         ),
-        (["--name", "a", "--student.freeze", "[vision]"], "student.freeze"),
+        (["--name", "a", "--distil.freeze", "[vision]"], "distil"),
         (["--config", "{stage}"], "sft.train.projector_lr is 0.001 but sft.freeze names projector: drop one"),
         (["--config", "{weight}"], "data.mixture: the weight of a.json is -1.0, it must be above 0"),
         (["--name", "a", "--train.steps", "0"], "train.steps is 0, it must be 1 or more"),
@@ -101,8 +103,8 @@ def test_saved_config_reads_back_equal(tmp_path):
         (["--name", "a", "--judge.batch_size", "0"], "judge.batch_size is 0, it must be 1 or more"),
         (["--name", "a", "--data.max_bad_rate", "1"], "data.max_bad_rate is 1.0, it must be 0 or more and below 1"),
         (
-            ["--name", "a", "--student.freeze", "[vision_tower]", "--train.encoder_lr", "1e-5"],
-            "train.encoder_lr is 1e-05 but student.freeze names vision_tower",
+            ["--name", "a", "--distil.freeze", "[vision_tower]", "--train.encoder_lr", "1e-5"],
+            "train.encoder_lr is 1e-05 but distil.freeze names vision_tower",
         ),
         (["--name", "a", "--student.path", "x", "--student.language_model", "y"], "student.language_model is also"),
         (["--name", "a/b"], "name is 'a/b', it must be the name of one folder"),
@@ -135,7 +137,7 @@ def test_help_explains_every_field(capsys):
     assert stop.value.code == 0
     entries = " ".join(capsys.readouterr().out.split()).split(" --")
     for part in fields(Run):
-        group = part.default_factory if is_dataclass(part.default_factory) else None
+        group = part.default_factory if is_dataclass(part.default_factory) and part.name != "distil" else None
         for name in [f"{part.name}.{f.name}" for f in fields(group)] if group else [part.name]:
             # The usage comes first, the list of fields after it.
             texts = [entry.removeprefix(name) for entry in entries if entry.startswith(f"{name} ")]
@@ -198,13 +200,14 @@ train: {lora_rank: 8, lora_alpha: 16}
 
 def test_stages_in_order_each_with_its_own_fields(tmp_path):
     path = write(tmp_path / "run.yaml", STAGED)
-    config = load_config(["--config", path, "--pretrain.train.lr", "2e-3", "--student.freeze", "[projector]"])
-    assert list(config.stages()) == ["pretrain.", ""]
-    first, last = config.stages().values()
+    config = load_config(["--config", path, "--pretrain.train.lr", "2e-3", "--distil.freeze", "[projector]"])
+    first, _, last = config.stages()
+    assert [each.name for each in config.stages()] == ["pretrain", "undistilled", "distil"]
     assert first.train == TrainConfig(lr=2e-3, global_batch_size=256)
     assert (first.freeze, first.method, first.data.test_split) == (("vision_tower", "language_model"), None, None)
     assert (last.freeze, last.method, last.train) == (("projector",), config.method, config.train)
     assert last.data.mixture[0].weight == 0.5
+    config = replace(config, out=str(tmp_path / "runs"))
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(["--config", str(tmp_path / "saved.yaml")]) == config
     fields_of_weights = weight_fields(config)
@@ -213,13 +216,6 @@ def test_stages_in_order_each_with_its_own_fields(tmp_path):
     assert fields_of_weights["data.mixture.0.weight"] == 0.5
     assert "data.mixture.0.root" not in fields_of_weights
     assert fields_of_weights["sft"] is None
-
-
-def test_without_a_divergence_the_last_stage_has_no_method():
-    supervised = SwitchKDConfig(align=None, switch=None)
-    assert Run(name="a", method=supervised).stages()[""].method is None
-    for method in (SwitchKDConfig(align=None), SwitchKDConfig(align=None, switch=None, feature="cosine")):
-        assert Run(name="a", method=method).stages()[""].method == method
 
 
 @pytest.mark.parametrize("flag", ["--tiny", "--resume"])

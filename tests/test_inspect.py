@@ -187,7 +187,7 @@ def test_a_stage_of_its_own_data(config):
     found = inspect_data(config, "pretrain", samples=2)
     assert (found.stage, found.summary["conversations"]) == ("pretrain", 2)
     assert found.samples[0].images == ("in memory, 96 x 96",)
-    with pytest.raises(ValueError, match="--stage is sft, but the run plate has pretrain, last"):
+    with pytest.raises(ValueError, match="--stage is sft, but the run plate has pretrain, undistilled, distil"):
         inspect_data(config, "sft")
 
 
@@ -217,4 +217,4 @@ def test_the_command_shows_a_run_s_samples(config, tmp_path):
     assert call("--samples", "2").stdout != call("--samples", "2", "--seed", "1").stdout
     ran = call("--stage", "sft")
     assert (ran.exit_code, ran.stdout) == (2, "")
-    assert ran.stderr.startswith("switchkd inspect: error: --stage is sft, but the run plate has last")
+    assert ran.stderr.startswith("switchkd inspect: error: --stage is sft, but the run plate has undistilled, distil")

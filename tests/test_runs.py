@@ -10,8 +10,7 @@ import pytest
 from switchkd.config import TrainConfig
 from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
-from switchkd.models.config import StudentConfig
-from switchkd.runs import RunFolder
+from switchkd.runs import RESULTS, RunFolder
 from switchkd.tasks import load_config
 from switchkd.tasks.vlm_config import Run, StageConfig
 
@@ -25,11 +24,40 @@ def test_no_run_is_overwritten(config, tmp_path):
     runs = []
     for _ in range(3):
         runs.append(RunFolder.start(config))
-        runs[-1].write("results.json", {"run": len(runs)})
+        runs[-1].write(RESULTS, {"run": len(runs)})
     assert [run.path.name for run in runs] == ["plate", "plate-2", "plate-3"]
     assert [run.config.name for run in runs] == ["plate", "plate-2", "plate-3"]
     assert [run.read("results.json")["run"] for run in runs] == [1, 2, 3]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["plate", "plate-2", "plate-3"]
+
+
+@pytest.mark.parametrize("reached", ["", "pretrain", "distil"])
+def test_a_run_that_is_not_finished_is_not_passed_over(config, reached):
+    started = RunFolder.start(config)
+    if reached:
+        (started.checkpoints(reached) / "checkpoint-2").mkdir(parents=True)
+    where = f", in stage {reached}: " if reached else ": "
+    with pytest.raises(
+        FileExistsError, match=rf"plate holds a run that is not finished{where}go on with it \(--name pl"
+    ):
+        RunFolder.start(config)
+    assert [path.name for path in started.path.parent.iterdir()] == ["plate"]
+    assert RunFolder.resume(config).path == started.path
+
+
+def test_an_unwritable_folder_of_runs_is_named(config, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        OSError, match=r"out is .*file/runs and .* cannot be made \(Not a directory\): give another --out"
+    ):
+        RunFolder.start(replace(config, out=str(tmp_path / "file/runs")))
+
+
+def test_a_folder_of_runs_that_was_moved_resumes(config, tmp_path):
+    RunFolder.start(config)
+    (tmp_path / "runs").rename(tmp_path / "moved")
+    read = load_config(["--config", str(tmp_path / "moved/plate/config.yaml")])
+    assert RunFolder.resume(read).path == tmp_path / "moved/plate"
 
 
 def test_a_file_or_dead_link_of_the_name_is_left_alone(config, tmp_path):
@@ -45,10 +73,10 @@ def test_the_configuration_reads_back_under_the_folders_name(config):
         config,
         seed=4,
         data=DataConfig(source="voc", root="$SOMEWHERE/x", train_images=7),
-        student=StudentConfig(freeze=("vision_tower",)),
+        distil=StageConfig(freeze=("vision_tower",)),
         method=SwitchKDConfig(switch=None, align_options={"temperature": 2.0}),
     )
-    RunFolder.start(config)
+    RunFolder.start(config).write(RESULTS, {})
     run = RunFolder.start(config)
     assert load_config(["--config", str(run.path / "config.yaml")]) == run.config == replace(config, name="plate-2")
 
@@ -79,7 +107,7 @@ def test_resume_of_a_missing_run(config, tmp_path):
         ({"seed": 1}, "has seed 0, this run 1"),
         ({"train": TrainConfig(lr=2e-3)}, r"has train\.lr 0\.001, this run 0\.002"),
         ({"method": SwitchKDConfig(switch=None)}, r"has method\.switch dbild, this run None"),
-        ({"student": StudentConfig(freeze=("projector",))}, r"has student\.freeze \(\), this run \('projector',\)"),
+        ({"distil": StageConfig(freeze=("projector",))}, r"has distil\.freeze \[\], this run \['projector'\]"),
     ],
 )
 def test_resume_under_another_configuration(config, change, message):
@@ -89,7 +117,7 @@ def test_resume_under_another_configuration(config, change, message):
 
 
 def test_fields_that_only_one_of_the_configurations_has_are_compared(config):
-    stage = StageConfig(DataConfig(), TrainConfig())
+    stage = StageConfig(freeze=("projector",))
     part = MixtureConfig("llava", "images", "a.json")
     mixed = replace(config, data=replace(config.data, mixture=(part, replace(part, weight=3.0))))
     for before, now, field in (
@@ -99,6 +127,7 @@ def test_fields_that_only_one_of_the_configurations_has_are_compared(config):
         (mixed, config, "data.mixture"),
     ):
         started = RunFolder.start(before)
+        started.write(RESULTS, {})
         with pytest.raises(ValueError, match=rf"has {field}.*not set"):
             RunFolder.resume(replace(now, name=started.path.name))
 

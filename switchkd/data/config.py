@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +15,9 @@ class MixtureConfig:
 
     source: Literal["voc", "llava", "messages"]
     """A folder of Pascal VOC boxes, LLaVA JSON, or messages (JSON lines or parquet)."""
-    root: str
+    root: str = field(metadata={"path": "always"})
     """Folder of the data set (voc) or of the images (llava, messages); $VARIABLES in it are filled in."""
-    split: str
+    split: str = field(metadata={"path": "where it is there"})
     """Name of the split (voc), or the file of conversations (llava, messages)."""
     weight: float = 1.0
     """How often each conversation is seen in one epoch: 0.5 takes a random half of them, 2 takes each twice."""
@@ -33,12 +33,12 @@ class DataConfig:
 
     source: Literal["steel", "voc", "llava", "messages"] = "steel"
     """Rendered steel strip, a folder of Pascal VOC boxes, LLaVA JSON, or messages (JSON lines or parquet)."""
-    root: str | None = None
+    root: str | None = field(default=None, metadata={"path": "always"})
     """Folder of the data set (voc) or of the images (llava, messages); $VARIABLES in it are filled in."""
-    train_split: str = "train"
+    train_split: str = field(default="train", metadata={"path": "where it is there"})
     """Training part: name of the split (voc), or the file of conversations (llava, messages; $VARIABLES in it are
     filled in)."""
-    test_split: str | None = "test"
+    test_split: str | None = field(default="test", metadata={"path": "where it is there"})
     """Test part, named in the same way; null: none, and nothing is judged."""
     mixture: tuple[MixtureConfig, ...] = ()
     """Further training parts, each with source, root, split and weight."""

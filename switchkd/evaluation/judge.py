@@ -7,14 +7,15 @@ from dataclasses import asdict, dataclass
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from torch import nn
+from transformers import ProcessorMixin
 
 from switchkd.data import Conversation
 from switchkd.evaluation.answers import answer_rows, score_answers
 from switchkd.evaluation.generate import generate_answers
 from switchkd.evaluation.pictures import draw_located
 from switchkd.evaluation.table import results_table
-from switchkd.runs import RunFolder
+from switchkd.runs import RESULTS, RunFolder
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Row:
     """One row of the table. processor: the model's own. blank: every picture is replaced by an even grey one."""
 
     name: str
-    model: LlavaForConditionalGeneration
-    processor: LlavaProcessor
+    model: nn.Module
+    processor: ProcessorMixin
     blank: bool = False
 
 
-def judge(run: RunFolder, rows: Sequence[Row], questions: list[Conversation]) -> None:
+def judge_models(run: RunFolder, rows: Sequence[Row], questions: list[Conversation]) -> None:
     """All `rows` answer `questions`, shared out over the processes; writes results.json, answers.jsonl, table.md and
     boxes.png (where a question asks for boxes) into the run's folder, and prints the table."""
     state = PartialState()
@@ -51,10 +52,10 @@ def judge(run: RunFolder, rows: Sequence[Row], questions: list[Conversation]) ->
     if not state.is_main_process:
         return
     table = results_table(results)
-    run.write("results.json", results)
     run.write("answers.jsonl", lines)
     run.write_text("table.md", table)
     sheet = draw_located(questions, {row.name: answers[row.name] for row in rows if not row.blank})
     if sheet is not None:
         sheet.save(run.path / "boxes.png")
+    run.write(RESULTS, results)
     print(f"\n{table}")

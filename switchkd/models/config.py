@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from switchkd.config import at_least
@@ -14,11 +14,11 @@ Part = Literal["vision_tower", "projector", "language_model"]
 class TeacherConfig:
     """The larger model that is learnt from."""
 
-    path: str | None = None
-    """Folder or Hub name; left out, the tiny teacher of the package."""
-    made_by: str | None = None
-    """Configuration file of recipes/train_vlm.py that makes the teacher; `switchkd plan` and a rehearsal read its
-    parts while `path` does not exist yet."""
+    path: str | None = field(default=None, metadata={"path": "where it is there"})
+    """Folder or Hub name; left out, what `made_by` makes, and without that the tiny teacher of the package."""
+    made_by: str | None = field(default=None, metadata={"path": "always"})
+    """Configuration file of the run that makes the teacher, OUT/NAME/student by its own name; `switchkd plan` and a
+    rehearsal read its parts while that does not exist yet."""
     chat_template: str | None = None
     """Chat template (Jinja) that the teacher was trained with, where its folder names another one or none."""
     steps: int = 0
@@ -36,11 +36,11 @@ class TeacherConfig:
 class StudentConfig:
     """The smaller model that is made."""
 
-    path: str | None = None
+    path: str | None = field(default=None, metadata={"path": "where it is there"})
     """Folder or Hub name of a whole student; left out, one is assembled from the two parts below."""
-    vision_tower: str | None = None
+    vision_tower: str | None = field(default=None, metadata={"path": "where it is there"})
     """Folder or Hub name of the vision tower; left out, the tiny one of the package."""
-    language_model: str | None = None
+    language_model: str | None = field(default=None, metadata={"path": "where it is there"})
     """Folder or Hub name of the language model; left out, a tiny one with random weights."""
     vision_feature_layer: int | None = None
     """Layer of the vision tower that an assembled student's projector reads; left out, the last one of the
@@ -52,11 +52,9 @@ class StudentConfig:
     chat_template: str | None = None
     """Chat template (Jinja) of an assembled student; left out, that of the teacher named by teacher.path, and without
     one the language model's own, or ChatML."""
-    image_processor: str | None = None
+    image_processor: str | None = field(default=None, metadata={"path": "where it is there"})
     """Folder or Hub name whose picture settings (size, crop, mean) an assembled student takes; left out, those
     saved beside its vision tower, and where there are none a square of the tower's size."""
-    freeze: tuple[Part, ...] = ()
-    """Parts that are not trained: vision_tower, projector, language_model."""
 
     def __post_init__(self):
         if self.path and (self.vision_tower or self.language_model):

@@ -25,7 +25,7 @@ from switchkd.models.tiny import STUDENT_SHAPE, VISION_TOWER, tiny_text_config, 
 
 
 def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The student and its processor, its `config.freeze` parts frozen.
+    """The student and its processor, all that it uses to be trained (`freeze` decides anew).
 
     All weights in float32, as they are trained. New ones (a projector, the tiny language model) follow torch's
     seed: set it before. Raises ValueError where the parts do not fit together (`assemble_llava`).
@@ -49,7 +49,7 @@ def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration,
             chat_template=config.chat_template,
             image_processor=_pictures(config),
         )
-    freeze(model, config.freeze)
+    freeze(model)
     return model, processor
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from transformers import LlavaConfig, LlavaProcessor
 
-from switchkd.config import TrainConfig
+from switchkd.config import Stage
 from switchkd.models import same_inputs, shared_vocab
 from switchkd.models.pair import teacher_processor
 from switchkd.plan.gpus import Gpu
@@ -75,7 +75,7 @@ def same_towers(config: Run, stage: str, student: LlavaConfig, teacher: LlavaCon
         return bool(config.student.path) and config.student.path == config.teacher.path
     if config.teacher.made_by and not Path(config.teacher.path).exists():
         recipe = load_config(["--config", config.teacher.made_by])
-        frozen = all("vision_tower" in each.freeze for each in recipe.stages().values())
+        frozen = all("vision_tower" in each.freeze for each in recipe.stages())
         return frozen and recipe.student.vision_tower == config.student.vision_tower
     shapes = [shape.vision_config for shape in (student, teacher)]
     alike = all(
@@ -86,36 +86,37 @@ def same_towers(config: Run, stage: str, student: LlavaConfig, teacher: LlavaCon
 
 
 def _moved(config: Run, stage: str) -> bool:
-    earlier = list(config.stages().items())[:-1] if stage in ("student", "undistilled") else []
-    return any("vision_tower" not in each.freeze for _, each in earlier)
+    names = [each.name for each in config.stages()]
+    before = "undistilled" if stage == "distil" and "undistilled" in names else stage
+    earlier = [each for each in config.stages()[: names.index(before)] if each.name != "teacher"]
+    return any("vision_tower" not in each.freeze for each in earlier)
 
 
-def check_towers(equal: bool | None, prefix: str, problems: list[Problem]) -> None:
+def check_towers(equal: bool | None, field: str, problems: list[Problem]) -> None:
     """Of a pair that can be switched."""
     if equal is not False:
         begins = "the switch term begins at zero and acts once the student's tower moves"
         text = f"student and teacher start from equal vision towers: {begins}"
         if equal is None:
             text = f"the two vision towers have one shape; if their weights are equal too, {begins}"
-        problems.append(Problem(f"{prefix}method.switch", text, stops=False))
+        problems.append(Problem(f"{field}.switch", text, stops=False))
 
 
-def check_steps(
-    train: TrainConfig, samples: int | None, gpus: int, prefix: str, problems: list[Problem]
-) -> tuple[int | None, int]:
+def check_steps(stage: Stage, samples: int | None, gpus: int, problems: list[Problem]) -> tuple[int | None, int]:
     """Steps of a stage, None where they are unknown, and the micro-batches of each."""
+    train, field = stage.train, stage.field("train")
     try:
         settled = train.settled(samples or 1, gpus)
     except ValueError as error:
-        problems.append(Problem(f"{prefix}train.global_batch_size", str(error)))
+        problems.append(Problem(f"{field}.global_batch_size", str(error)))
         accumulation = math.ceil(train.global_batch_size / (train.batch_size * gpus))
         per_step = accumulation * train.batch_size * gpus
         return train.steps or (samples and math.ceil(train.epochs * samples / per_step)), accumulation
     if train.steps is None and samples is None:
         problems.append(
             Problem(
-                f"{prefix}train.steps",
-                "is not given and the number of samples is unknown: give train.steps to see times",
+                f"{field}.steps",
+                f"is not given and the number of samples is unknown: give {field}.steps to see times",
                 stops=False,
             )
         )
@@ -128,7 +129,7 @@ def check_room(stage: StagePlan, visual_tokens: int, problems: list[Problem]) ->
     if stage.survey.longest < visual_tokens + 2:
         problems.append(
             Problem(
-                f"{stage.prefix}data.max_length",
+                f"{stage.config.field('data')}.max_length",
                 f"{stage.config.data.max_length} cuts the {visual_tokens} tokens of an image: make it that and the "
                 "longest text, or leave it out",
             )
@@ -158,7 +159,7 @@ def check_memory(
     sure = need > gpu.memory
     problems.append(
         Problem(
-            f"{stage.prefix}train.batch_size",
+            f"{stage.config.field('train')}.batch_size",
             f"{train.batch_size} {'needs' if sure else 'may be too large, it takes'} {need / 2**30:.0f} GiB in the "
             f"longest batch ({stage.survey.longest:,} tokens a sample) and one {gpu.name} has {gpu.gibibytes:.0f}: set "
             f"{', or '.join(ways)}",
@@ -173,10 +174,10 @@ def check_run(config: Run, stages: int, engine: str, problems: list[Problem]) ->
         problems.append(
             Problem("--engine", f"zero3 trains one stage, this run has {stages}: take zero2, or make each stage a run")
         )
-    if not config.train.bf16:
+    if not config.last.train.bf16:
         problems.append(
             Problem(
-                "train.bf16",
+                f"{config.last.field('train')}.bf16",
                 "is false, but times here are those of bfloat16 arithmetic: float32 is several times slower",
                 stops=False,
             )

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from switchkd.config import TrainConfig
+from switchkd.config import Stage, TrainConfig
 from switchkd.methods import SupervisedMethod, SwitchKD
 from switchkd.models import freeze
 from switchkd.models.adapter import LinearAdapter
@@ -48,21 +48,19 @@ from switchkd.plan.costs import (
 )
 from switchkd.plan.gpus import ALLOWANCE, ENGINES, Gpu, find_gpu, kept_memory, shared_gradients
 from switchkd.plan.survey import Survey, local_processor, survey
-from switchkd.tasks.vlm_config import Run, StageConfig
-from switchkd.training.stages import NAMES, Stage, stages_of
+from switchkd.tasks.vlm_config import Run
 
 Parameters = dict[str, tuple[int, int]]  # part -> trained, frozen
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage. `prefix`: of its fields. `survey`: its samples. flops: of one sample by (part, pass). memory: bytes at
-    the peak on one GPU, in the longest batch. steps and hours are None where nothing says how many samples there are;
-    flops and memory are empty where the stage could not start."""
+    """One stage. `config`: as it is trained. `survey`: its samples. flops: of one sample by (part, pass). memory: bytes
+    at the peak on one GPU, in the longest batch. steps and hours are None where nothing says how many samples there
+    are; flops and memory are empty where the stage could not start."""
 
     name: str
-    prefix: str
-    config: StageConfig
+    config: Stage
     survey: Survey
     parameters: Parameters
     accumulation: int
@@ -123,12 +121,12 @@ class _Planner:
         self.problems: list[Problem] = []
         self.assumed: list[str] = []
         self.surveys: dict[tuple, Survey] = {}
-        if any(stage.config.method for stage in stages_of(config)):
+        if config.distils:
             teachers = teacher_processor(config.teacher, local_files_only=True)
             self.config = config = replace(config, student=as_teacher_reads(config.student, config.teacher, teachers))
-        self.runs = _stages(config)
+        self.runs = config.stages()
         self.student_shape = student_config(config.student)
-        distils = any(run.config.method for run in self.runs)
+        distils = config.distils
         self.teacher_shape = None
         if distils or config.teacher.steps:
             self.teacher_shape = teacher_config(config.teacher)
@@ -161,69 +159,68 @@ class _Planner:
         )
 
     def _stage(self, stage: Stage, visual_tokens: int) -> StagePlan:
-        prefix, config = _prefix(stage), stage.config
         student = self._start(stage)
         found = self._survey(stage, visual_tokens)
         # The undistilled student is the last stage with less in it: what goes wrong is said once, of the last stage.
         problems = [] if stage.name == "undistilled" else self.problems
         problems += [Problem(name, text) for name, text in found.faults]
-        assumed = f"{prefix}data, {found.assumed}"
+        assumed = f"{stage.field('data')}, {found.assumed}"
         if found.assumed and assumed not in self.assumed:
             self.assumed.append(assumed)
-        steps, accumulation = check_steps(config.train, found.samples, self.gpus, prefix, problems)
-        planned = StagePlan(stage.name, prefix, config, found, part_parameters(student), accumulation, steps)
+        steps, accumulation = check_steps(stage, found.samples, self.gpus, problems)
+        planned = StagePlan(stage.name, stage, found, part_parameters(student), accumulation, steps)
         equal = same_towers(self.config, stage.name, self.student_shape, self.teacher_shape)
         try:
-            with WithoutData(equal=equal is True and "vision_tower" in config.freeze):
-                method = self._method(config, student)
+            with WithoutData(equal=equal is True and "vision_tower" in stage.freeze):
+                method = self._method(stage, student)
         except ValueError as error:
-            problems.append(Problem(f"{prefix}method", str(error)))
+            problems.append(Problem(stage.field("method"), str(error)))
             return planned
-        if config.method and (config.method.switch or config.method.feature):
-            check_towers(equal, prefix, problems)
+        if stage.method and (stage.method.switch or stage.method.feature):
+            check_towers(equal, stage.field("method"), problems)
         if not check_room(planned, visual_tokens, problems):
             return planned
-        costs = {tokens: self._cost(method, config.train, found, tokens) for tokens in {found.padded, found.longest}}
+        costs = {tokens: self._cost(method, stage.train, found, tokens) for tokens in {found.padded, found.longest}}
         memory = self._memory(costs[found.longest], planned, method)
         check_memory(memory, planned, self.gpu, self.gpus, self.engine, problems)
-        flops = {key: count / config.train.batch_size for key, count in costs[found.padded].flops.items()}
+        flops = {key: count / stage.train.batch_size for key, count in costs[found.padded].flops.items()}
         rate = self.gpu.tflops * 1e12 * self.efficiency * self.gpus / sum(flops.values())
-        seen = steps and steps * accumulation * config.train.batch_size * self.gpus
+        seen = steps and steps * accumulation * stage.train.batch_size * self.gpus
         hours = seen and seen / rate / 3600
         return replace(planned, flops=flops, memory=memory, samples_a_second=rate, hours=hours)
 
     def _survey(self, stage: Stage, visual_tokens: int) -> Survey:
-        train = stage.config.train
-        key = (stage.config.data, train.batch_size, train.group_by_length)
+        train = stage.train
+        key = (stage.data, train.batch_size, train.group_by_length)
         if key not in self.surveys:
             self.surveys[key] = survey(
-                stage.config.data,
+                stage.data,
                 self.processor,
                 visual_tokens,
-                prefix=_prefix(stage),
+                field=stage.field("data"),
                 batch_size=train.batch_size,
                 group_by_length=train.group_by_length,
             )
         return self.surveys[key]
 
     def _start(self, stage: Stage) -> LlavaForConditionalGeneration:
-        train = stage.config.train
+        train = stage.train
         # DeepSpeed trains bfloat16 weights; elsewhere they are float32 and autocast computes in bfloat16.
         dtype = torch.bfloat16 if train.bf16 and self.engine != "ddp" else torch.float32
-        student = meta_llava(self.teacher_shape if stage.name == TEACHER_STAGE else self.student_shape, dtype)
-        freeze(student, stage.config.freeze)
+        student = meta_llava(self.teacher_shape if stage.name == "teacher" else self.student_shape, dtype)
+        freeze(student, stage.freeze)
         if train.lora_rank:
             add_lora(student, train.lora_rank, train.lora_alpha, train.lora_dropout)
         if train.gradient_checkpointing:
             recompute_activations(student)
         return fake(student)
 
-    def _method(self, config: StageConfig, student: LlavaForConditionalGeneration) -> nn.Module:
-        if config.method is None:
+    def _method(self, stage: Stage, student: LlavaForConditionalGeneration) -> nn.Module:
+        if stage.method is None:
             return SupervisedMethod(student)
-        teacher = fake_llava(self.teacher_shape, torch.bfloat16 if self.config.train.bf16 else torch.float32)
-        options = asdict(config.method)
-        if config.method.switch_adapter:
+        teacher = fake_llava(self.teacher_shape, torch.bfloat16 if stage.train.bf16 else torch.float32)
+        options = asdict(stage.method)
+        if stage.method.switch_adapter:
             with torch.device("meta"):
                 adapter = LinearAdapter.between(student, teacher)
             options["switch_adapter"] = fake(adapter)
@@ -245,7 +242,7 @@ class _Planner:
             engine=self.engine,
             gpus=self.gpus,
             bf16=stage.config.train.bf16,
-            teacher_bf16=self.config.train.bf16,
+            teacher_bf16=stage.config.train.bf16,
         )
         alone = self.engine == "ddp" and stage.accumulation == 1
         step = dict(cost.memory if alone else cost.accumulating)
@@ -278,23 +275,6 @@ class _Planner:
             (None if teacher.made_by else teacher.path, 2 * _count(self.teacher)),
         ]
         return sum(size for name, size in files if name and not Path(name).is_dir())
-
-
-TEACHER_STAGE = "teacher"
-
-
-def _stages(config: Run) -> list[Stage]:
-    stages = stages_of(config)
-    if config.teacher.steps:
-        settings = replace(
-            config.train, steps=config.teacher.steps, lr=config.teacher.lr, encoder_lr=None, projector_lr=None
-        )
-        stages.insert(0, Stage(TEACHER_STAGE, None, StageConfig(config.data, settings)))
-    return stages
-
-
-def _prefix(stage: Stage) -> str:
-    return next((prefix for prefix, name in NAMES.items() if name == stage.name), "")
 
 
 def _count(parameters: Parameters) -> int:

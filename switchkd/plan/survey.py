@@ -70,13 +70,13 @@ def survey(
     processor: LlavaProcessor | None,
     visual_tokens: int,
     *,
-    prefix: str = "",
+    field: str = "data",
     batch_size: int = 1,
     group_by_length: bool = False,
 ) -> Survey:
-    """Of the samples of one stage; `prefix` is that of its fields ("pretrain."), `processor` None where the student's
+    """Of the samples of one stage; `field` is where they stand ("pretrain.data"), `processor` None where the student's
     is not on this disk."""
-    missing = _missing(data, prefix)
+    missing = _missing(data, field)
     if missing or processor is None:
         return _assumed(data, visual_tokens, group_by_length, missing or "the student's tokenizer is not on this disk")
     # Rendered pictures are alike: a few of them tell the lengths of all.
@@ -90,12 +90,12 @@ def survey(
         found = ConversationDataset(conversations, processor, data.max_length, max_bad_rate=1.0)
     except (ValueError, FileNotFoundError) as error:
         assumed = _assumed(data, visual_tokens, group_by_length, "cannot be read")
-        return replace(assumed, faults=[(f"{prefix}data", str(error))])
+        return replace(assumed, faults=[(field, str(error))])
     faults, bad = [], len(conversations) - len(found)
     if bad > data.max_bad_rate * len(conversations):
         faults.append(
             (
-                f"{prefix}data.max_bad_rate",
+                f"{field}.max_bad_rate",
                 f"{bad} of {len(conversations):,} samples read are bad, more than the rate {data.max_bad_rate}: "
                 "switchkd inspect names them",
             )
@@ -103,7 +103,7 @@ def survey(
     if found.cut:
         faults.append(
             (
-                f"{prefix}data.max_length",
+                f"{field}.max_length",
                 f"{data.max_length} cuts {found.cut} of {len(found):,} samples read: their last answers are not learnt "
                 "whole; raise it",
             )
@@ -132,16 +132,16 @@ def local_processor(student: StudentConfig) -> LlavaProcessor | None:
         raise
 
 
-def _missing(data: DataConfig, prefix: str) -> str:
+def _missing(data: DataConfig, field: str) -> str:
     """Why the training data cannot be read here; empty where it can."""
     if data.source == "steel":
         return ""
-    parts = [("data", data.root, data.train_split, data.source)]
-    parts += [(f"data.mixture[{i}]", part.root, part.split, part.source) for i, part in enumerate(data.mixture)]
+    parts = [(field, data.root, data.train_split, data.source)]
+    parts += [(f"{field}.mixture[{i}]", part.root, part.split, part.source) for i, part in enumerate(data.mixture)]
     for where, root, split, source in parts:
         for value in [root] if source == "voc" else [root, split]:
             try:
-                if value is None or not filled_in(value, f"{prefix}{where}").exists():
+                if value is None or not filled_in(value, where).exists():
                     return f"{value} is not on this disk"
             except ValueError:
                 return f"{value} has a variable that is not set"

@@ -55,16 +55,9 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _label(stage: StagePlan) -> str:
-    if stage.name == "teacher":
-        return "teacher's"
-    return "Switch-KD" if stage.name == "student" and stage.config.method else stage.name
-
-
 def _parameters(plan: Plan) -> Table:
-    table = _table(
-        "Parameters, millions; under a stage those that it trains", "", "teacher", "student", *map(_label, plan.stages)
-    )
+    stages = (stage.name for stage in plan.stages)
+    table = _table("Parameters, millions; under a stage those that it trains", "", "teacher", "student", *stages)
     rows = {**{part: (part,) for part in plan.student}, "in all": tuple(plan.student)}
 
     def millions(parameters: dict, parts: tuple, trained: bool = False) -> str:
@@ -87,7 +80,7 @@ def _time(plan: Plan) -> Table:
         found, batch = stage.survey, stage.config.train.batch_size
         hours = stage.hours
         table.add_row(
-            _label(stage),
+            stage.name,
             f"{found.samples:,}" if found.samples else "?",
             f"{found.padded:,}",
             f"{batch} x {plan.gpus} x {stage.accumulation}",
@@ -119,7 +112,7 @@ def _memory(plan: Plan) -> Table:
 def _by_stage(
     title: str, stages: Sequence[StagePlan], values: Callable, unit: float, name: Callable[..., str]
 ) -> Table:
-    table = _table(title, "", *map(_label, stages))
+    table = _table(title, "", *(stage.name for stage in stages))
     keys = list(dict.fromkeys(key for stage in stages for key in values(stage)))
     for key in keys:
         cells = [values(stage).get(key, 0) / unit for stage in stages]

@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 from switchkd import config
+from switchkd.config_file import read_yaml
 from switchkd.tasks.vlm_config import Run
 
 
-def load_config(argv: Sequence[str] | None = None, *, prog: str | None = None) -> Run:
-    """The configuration that command line arguments name (`sys.argv[1:]` by default), as `switchkd.config.load`."""
-    return config.load(Run, sys.argv[1:] if argv is None else argv, prog=prog)
+def load_config(
+    argv: Sequence[str] | None = None, *, prog: str | None = None, default: str | Path | None = None
+) -> Run:
+    """The configuration that command line arguments name (`sys.argv[1:]` by default), as `switchkd.config.load`.
+
+    default: the file that is read where no --config is given, unless --resume names a run: then that run's own.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not any(word.partition("=")[0] == "--config" for word in argv) and default is not None:
+        named = config.load(Run, ["--config", str(default), *argv], prog=prog)
+        own = named.folder / "config.yaml"
+        argv = ["--config", str(own if named.resume and own.is_file() else default), *argv]
+    run = config.load(Run, argv, prog=prog)
+    teacher = run.teacher
+    if teacher.made_by and not teacher.path:
+        name = read_yaml(teacher.made_by).get("name")
+        run = replace(run, teacher=replace(teacher, path=str(Path(run.out) / str(name) / "student")))
+    return run
+
+
+def task_of(run: Run) -> ModuleType:
+    """The module of plain functions that knows the models and the data of `run`; importing it imports torch."""
+    return importlib.import_module(f"switchkd.tasks.{run.task}")

@@ -4,44 +4,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
-from switchkd.config import TrainConfig
+from switchkd.config import Stage, TrainConfig
 from switchkd.data.config import DataConfig
 from switchkd.evaluation.config import JudgeConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.config import Part, StudentConfig, TeacherConfig
 
+SECTIONS = ("data", "train", "method")  # of a stage or, where it has none of its own, of the run
+
 
 @dataclass(frozen=True)
 class StageConfig:
-    """A stage of training before the last one; its student is where the next stage starts."""
+    """One stage of training. Its student is where the next stage starts."""
 
-    data: DataConfig
-    """What this stage trains on; its test part is not used."""
-    train: TrainConfig
-    """Optimisation of this stage."""
+    data: DataConfig | None = None
+    """What this stage trains on; left out, the run's data. Of the last stage alone the test part is used."""
+    train: TrainConfig | None = None
+    """Optimisation of this stage; left out, the run's."""
     freeze: tuple[Part, ...] = ()
     """Parts that this stage does not train: vision_tower, projector, language_model."""
     method: SwitchKDConfig | None = None
-    """How this stage learns from the teacher; null: cross entropy alone."""
-
-    def without_test(self) -> StageConfig:
-        """The same without a test part: only the last stage's student is judged."""
-        return replace(self, data=replace(self.data, test_split=None))
+    """How this stage learns from the teacher; left out, distil learns as the run's method says and the other stages by
+    cross entropy alone."""
 
 
 @dataclass(frozen=True)
 class Run:
     """One run: its stages one after the other, then judging.
 
-    `data`, `method`, `train` and `student.freeze` are the last stage's; `pretrain` and `sft` come before it where
-    they are given, each with data, train, freeze and method of its own.
+    The stages are teacher (where `teacher.steps` are given), pretrain, sft and distil, those that are there. `data`,
+    `train` and `method` are the run's: every stage's that has none of its own.
     """
 
     name: str
     """Name of the run, and of its folder in `out`."""
-    out: str = "runs"
+    task: Literal["vlm"] = "vlm"
+    """What the run makes: a vision-language model."""
+    out: str = field(default="runs", metadata={"path": "always"})
     """Folder of all runs."""
     seed: int = 0
     """Seed of weights that start at random, of the order of the samples and of dropout."""
@@ -52,40 +53,83 @@ class Run:
     tiny: bool = False
     """Rehearse: the same stages with tiny random parts of the same kinds and a dozen samples, on any machine."""
     undistilled: bool = True
-    """Train the last stage a second time without the teacher, the control that the table sets beside the student."""
+    """Train distil a second time without the teacher, the control that the table sets beside the student."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    pretrain: StageConfig | None = None
-    """The first stage, in LLaVA's recipe the projector alone, on captions."""
-    sft: StageConfig | None = None
-    """Supervised fine-tuning before the last stage."""
     data: DataConfig = field(default_factory=DataConfig)
     method: SwitchKDConfig = field(default_factory=SwitchKDConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    pretrain: StageConfig | None = None
+    """The first stage, in LLaVA's recipe the projector alone, on captions; null: none."""
+    sft: StageConfig | None = None
+    """Supervised fine-tuning; null: none."""
+    distil: StageConfig | None = field(default_factory=StageConfig)
+    """Learning from the teacher; null: the run ends before it, as that of a teacher does."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
 
     def __post_init__(self):
         if not self.name or Path(self.name).name != self.name:
             raise ValueError(f"name is {self.name!r}, it must be the name of one folder")
-        for prefix, stage in self.stages().items():
-            frozen = "student.freeze" if prefix == "" else f"{prefix}freeze"
-            if set(stage.freeze) == set(get_args(Part)):
-                raise ValueError(f"{frozen} names every part of the student, so that nothing is trained: leave one out")
-            for name, part in (("encoder_lr", "vision_tower"), ("projector_lr", "projector")):
-                if part in stage.freeze and (rate := getattr(stage.train, name)) is not None:
-                    raise ValueError(f"{prefix}train.{name} is {rate} but {frozen} names {part}: drop one of them")
-            if "language_model" in stage.freeze and stage.train.lora_rank:
-                raise ValueError(
-                    f"{prefix}train.lora_rank is {stage.train.lora_rank} but {frozen} names language_model: drop one "
-                    "of them"
+        stages = self.stages()
+        if all(stage.name == "teacher" for stage in stages):
+            raise ValueError("the run has no stage that trains a student: give pretrain, sft or distil")
+        for stage in stages:
+            _check(stage)
+        if self.teacher.steps and not self.distils:
+            raise ValueError(f"teacher.steps is {self.teacher.steps} but no stage learns from the teacher: drop it")
+        for section, blank in zip(SECTIONS, (DataConfig(), TrainConfig(), SwitchKDConfig()), strict=True):
+            reads = [stage for stage in stages if section != "method" or stage.method]
+            if getattr(self, section) != blank and all(section in stage.own for stage in reads):
+                own = ", ".join(dict.fromkeys(stage.field(section) for stage in reads))
+                why = (
+                    f"each has its own: set that of the stage you mean ({own})" if own else "none learns from a teacher"
                 )
+                raise ValueError(f"{section} is given but no stage reads it, for {why}, or drop {section}")
 
-    def stages(self) -> dict[str, StageConfig]:
-        """The stages in order, by the prefix of their fields: "pretrain.", "sft." and "" for the last."""
-        method = self.method if self.method.distils else None
-        last = StageConfig(self.data, self.train, self.student.freeze, method)
-        earlier = {"pretrain.": self.pretrain, "sft.": self.sft}
-        return {prefix: stage.without_test() for prefix, stage in earlier.items() if stage is not None} | {"": last}
+    def stages(self) -> list[Stage]:
+        """The stages in order, each with its sections; before distil its control, where the run asks for one."""
+        stages: list[Stage] = []
+        if self.teacher.steps:
+            rates = {"lr": self.teacher.lr, "encoder_lr": None, "projector_lr": None}
+            train = replace(self.train, steps=self.teacher.steps, **rates)
+            stages.append(Stage("teacher", None, "teacher", self.data, train))
+        given = {name: each for name in ("pretrain", "sft", "distil") if (each := getattr(self, name)) is not None}
+        start = None
+        for name, section in given.items():
+            last = name == list(given)[-1]
+            data, train = section.data or self.data, section.train or self.train
+            method = section.method or (self.method if name == "distil" else None)
+            own = {each for each in SECTIONS if getattr(section, each) is not None} | {"freeze"}
+            stage = Stage(
+                name,
+                start,
+                "student" if last else name,
+                data,
+                train,
+                section.freeze,
+                method,
+                frozenset(own),
+            )
+            if name == "distil" and self.undistilled:
+                stages.append(replace(stage, name="undistilled", folder="undistilled", section="distil", method=None))
+            stages.append(stage)
+            start = name
+        # Only the last stage's student is judged; stages of one data section go on sharing it.
+        judged = stages[-1].data if stages else None
+        return [
+            stage if stage.data == judged else replace(stage, data=replace(stage.data, test_split=None))
+            for stage in stages
+        ]
+
+    @property
+    def last(self) -> Stage:
+        """The stage that makes what the run is for."""
+        return self.stages()[-1]
+
+    @property
+    def distils(self) -> bool:
+        """Whether any stage learns from the teacher."""
+        return any(stage.method for stage in self.stages())
 
     @property
     def folder(self) -> Path:
@@ -96,3 +140,22 @@ class Run:
     def checks(self) -> Path:
         """Where all runs of `out` keep what their start-up checks of large data sets found."""
         return Path(self.out) / ".checks"
+
+
+def _check(stage: Stage) -> None:
+    """ValueError where the sections of `stage` contradict each other."""
+    train, frozen = stage.field("train"), stage.field("freeze")
+    if set(stage.freeze) == set(get_args(Part)):
+        raise ValueError(f"{frozen} names every part of the student, so that nothing is trained: leave one out")
+    for name, part in (("encoder_lr", "vision_tower"), ("projector_lr", "projector")):
+        if part in stage.freeze and (rate := getattr(stage.train, name)) is not None:
+            raise ValueError(f"{train}.{name} is {rate} but {frozen} names {part}: drop one of them")
+    if "language_model" in stage.freeze and stage.train.lora_rank:
+        raise ValueError(
+            f"{train}.lora_rank is {stage.train.lora_rank} but {frozen} names language_model: drop one of them"
+        )
+    if stage.method and not stage.method.distils:
+        raise ValueError(
+            f"every term of {stage.field('method')} is null, so that stage {stage.name} learns nothing of the teacher: "
+            f"name one of align, switch and feature, or train without a teacher ({stage.name}: null, and a stage sft)"
+        )

@@ -104,17 +104,6 @@ def test_a_whole_one_by_path(tmp_path, student, processor):
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_frozen_parts_are_passed_on(tmp_path, tower, student, processor, whole):
-    student.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    model, _ = build(path=str(tmp_path) if whole else None, freeze=("vision_tower", "projector"))
-    trained = {name.split(".")[1] for name, weight in model.named_parameters() if weight.requires_grad}
-    assert trained == {"language_model"}
-    with pytest.raises(ValueError, match="'encoder'.* is not a part of the model; known are vision_tower"):
-        build(path=str(tmp_path) if whole else None, freeze=("encoder",))
-
-
 def test_half_precision_parts_give_a_float32_student(tmp_path, tower, language_model):
     tower.half().save_pretrained(tmp_path / "tower")
     language_model.bfloat16().save_pretrained(tmp_path / "lm")

@@ -82,7 +82,7 @@ def shown(plan) -> str:
 def test_a_sound_run_has_stages_steps_and_lengths_read_from_its_data(run):
     plan = make_plan(replace(run, undistilled=True), gpus=1)
     assert problems(plan) == {}
-    assert [stage.name for stage in plan.stages] == ["undistilled", "student"]
+    assert [stage.name for stage in plan.stages] == ["undistilled", "distil"]
     control, student = plan.stages
     assert (student.survey.samples, student.steps, student.accumulation) == (12, 3, 1)
     assert 16 < student.survey.tokens < student.survey.padded < student.survey.longest < 64
@@ -169,10 +169,10 @@ def test_an_adapter_lets_towers_of_other_widths_be_switched(run, tmp_path):
 
 
 def test_one_frozen_encoder_in_both_makes_the_switch_exactly_zero(run, pair):
-    shared = StudentConfig(path=pair[1], freeze=("vision_tower",))
+    run = replace(run, distil=StageConfig(freeze=("vision_tower",)))
+    shared = StudentConfig(path=pair[1])
     assert "exactly zero" in problems(make_plan(replace(run, student=shared), gpus=1))["method"]
-    other = StudentConfig(path=pair[0], freeze=("vision_tower",))
-    text = problems(make_plan(replace(run, student=other), gpus=1))["method"]
+    text = problems(make_plan(run, gpus=1))["method"]
     assert "trains the student's vision tower alone, and that is frozen" in text
     without = replace(run, student=shared, method=SwitchKDConfig(switch=None))
     assert problems(make_plan(without, gpus=1)) == {}
@@ -198,7 +198,7 @@ def test_other_vocabularies_are_found_where_the_tokenizers_are_local(run, tmp_pa
 def test_tokenizers_that_are_not_on_this_disk_are_not_checked_and_that_is_said(run):
     student = StudentConfig(vision_tower="google/siglip-base-patch16-224", language_model="Qwen/Qwen2.5-0.5B")
     run = replace(run, student=student, data=replace(run.data, max_length=None))
-    plan = make_plan(replace(run, method=SwitchKDConfig(align=None, switch=None)), gpus=1)
+    plan = make_plan(replace(run, distil=None, sft=StageConfig()), gpus=1)
     (stage,) = plan.stages
     assert plan.teacher == {}
     assert any(text.startswith("data, the student's tokenizer is not on this disk") for text in plan.assumed)

@@ -10,15 +10,17 @@ import torch
 from measured import measured_peak
 
 from switchkd.data.encoding import Collator
-from switchkd.models import load_llava, shared_vocab
+from switchkd.models import freeze, load_llava, shared_vocab
 from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora
 from switchkd.models.pair import as_teacher_reads, teacher_processor
+from switchkd.models.students import build_student
 from switchkd.plan import make_plan
 from switchkd.plan.gpus import ALLOWANCE
 from switchkd.rehearsal import rehearse
 from switchkd.tasks import load_config
-from switchkd.training.stages import StageData, build_method, stages_of, start_student
+from switchkd.tasks.vlm import method_of
+from switchkd.tasks.vlm_data import StageData
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,16 +35,17 @@ def test_memory_of_every_stage_is_the_peak_of_a_real_step(tmp_path, monkeypatch,
     plan = make_plan(config, gpus=1)
     assert [problem.text for problem in plan.problems if problem.stops] == []
     teacher, _ = load_llava(config.teacher.path, torch.bfloat16)
-    for stage, planned in zip(stages_of(config), plan.stages, strict=True):
-        student, processor = start_student(config, stage)
-        method = build_method(stage.config, student, teacher, shared_vocab(processor.tokenizer, reads.tokenizer))
-        train = stage.config.train
+    for stage, planned in zip(config.stages(), plan.stages, strict=True):
+        student, processor = build_student(config.student)
+        freeze(student, stage.freeze)
+        method = method_of(stage, student, teacher, shared_vocab(processor.tokenizer, reads.tokenizer))
+        train = stage.train
         if train.lora_rank:
             add_lora(student, train.lora_rank, train.lora_alpha, train.lora_dropout)
         if train.gradient_checkpointing:
             recompute_activations(student)
         assert sum(p.numel() for p in student.parameters()) == sum(map(sum, planned.parameters.values()))
-        samples = StageData(config, [stage], processor).samples(stage.config.data)
+        samples = StageData(config, [stage], processor).samples(stage.data)
         with_one = [i for i, each in enumerate(samples.conversations) if len(each.images) == 1]
         longest = sorted(with_one, key=lambda index: -samples.lengths[index])[: train.batch_size]
         batch = Collator(processor.tokenizer.pad_token_id)([samples[index] for index in longest])

@@ -16,8 +16,7 @@ from recipe_run import RECIPES, load_recipe, start_process, write_pair
 
 from switchkd.data import encode_prompt
 from switchkd.data.sources import load_source
-from switchkd.tasks import load_config
-from switchkd.training import stages
+from switchkd.tasks import load_config, vlm
 
 pytestmark = pytest.mark.slow
 
@@ -83,15 +82,15 @@ print(json.dumps({"difference": float(np.abs(logits.numpy() - expected).max()), 
 def test_the_student_runs_without_the_package(tmp_path, monkeypatch):
     config = write_pair(tmp_path, train={"steps": 100, "lr": 1e-2, "checkpoint_every": 0})
     recipe, trained = load_recipe(), {}
-    train = stages.train_method
+    export = vlm.export
 
-    def keep(run, stage, method, settings, samples, processor):
-        train(run, stage, method, settings, samples, processor)
-        trained[stage] = method.student.eval().cpu(), processor
+    def keep(trainer, stage, run):
+        export(trainer, stage, run)
+        trained[stage.name] = trainer.method.student.eval().cpu(), trainer.processing_class
 
-    monkeypatch.setattr(stages, "train_method", keep)
+    monkeypatch.setattr(vlm, "export", keep)
     run = recipe.main(["--config", str(config)])
-    student, processor = trained["student"]
+    student, processor = trained["distil"]
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     said = {row["id"]: row["answer"] for row in answers if row["model"] == "Switch-KD"}
     for number, question in enumerate(load_source(load_config(["--config", str(config)]).data).test[:2]):

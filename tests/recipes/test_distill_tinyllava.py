@@ -16,6 +16,7 @@ from transformers import SiglipVisionModel
 from switchkd.evaluation import judge
 from switchkd.models import load_llava
 from switchkd.tasks import load_config
+from switchkd.training import stages
 
 ROWS = ["teacher", "undistilled", "Switch-KD", "Switch-KD, blind"]
 
@@ -97,9 +98,9 @@ def test_the_log_has_both_students_step_by_step(done):
     records = [json.loads(line) for line in (done[0] / "log.jsonl").read_text().splitlines()]
     terms = [(r["stage"], r["step"], {"ce", "align", "switch"} & r.keys()) for r in records if "ce" in r]
     supervised = [("undistilled", step, {"ce"}) for step in (1, 2, 3)]
-    assert terms == supervised + [("student", step, {"ce", "align", "switch"}) for step in (1, 2, 3)]
+    assert terms == supervised + [("distil", step, {"ce", "align", "switch"}) for step in (1, 2, 3)]
     first = {r["stage"]: r["ce"] for r in records if r["step"] == 1}
-    assert first["undistilled"] == pytest.approx(first["student"], rel=1e-6)  # one start, one first batch
+    assert first["undistilled"] == pytest.approx(first["distil"], rel=1e-6)  # one start, one first batch
     assert hashes(done[0] / "student")["model.safetensors"] != hashes(done[0] / "undistilled")["model.safetensors"]
 
 
@@ -111,16 +112,16 @@ def test_resume_repeats_what_is_missing_and_nothing_else(done, recipe, monkeypat
     before = hashes(run / "student")
     undistilled = {path.name: path.stat().st_mtime_ns for path in (run / "undistilled").iterdir()}
     shutil.rmtree(run / "student")
-    train, stages = recipe.train_stage, []
+    train, trained = stages.train_stage, []
 
-    def spy(run, stage, *rest):
-        stages.append(stage.name)
-        train(run, stage, *rest)
+    def spy(task, loaded, stage, run):
+        trained.append(stage.name)
+        train(task, loaded, stage, run)
 
-    monkeypatch.setattr(recipe, "train_stage", spy)
+    monkeypatch.setattr(stages, "train_stage", spy)
     # Without --config it goes on under the run's own configuration.
     assert recipe.main(["--out", str(run.parent), "--name", run.name, "--resume", "true"]) == run
-    assert stages == ["student"]
+    assert trained == ["distil"]
     assert hashes(run / "student") == before
     assert {path.name: path.stat().st_mtime_ns for path in (run / "undistilled").iterdir()} == undistilled
 
@@ -139,8 +140,8 @@ def test_the_teacher_trains_first_where_it_is_told_to(tmp_path, recipe):
     given, trained = hashes(tmp_path / "pair/teacher"), hashes(run / "teacher")
     assert trained["model.safetensors"] != given["model.safetensors"]
     assert trained["tokenizer.json"] == given["tokenizer.json"]
-    stages = [json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(stages)) == ["teacher", "undistilled", "student"]
+    names = [json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()]
+    assert list(dict.fromkeys(names)) == ["teacher", "undistilled", "distil"]
 
 
 # ---- What it refuses
@@ -150,7 +151,7 @@ def test_the_teacher_trains_first_where_it_is_told_to(tmp_path, recipe):
 def refused(tmp_path, recipe, monkeypatch):
     """Runs the recipe, which must stop before any training and leave no folder; the error."""
     config = write_pair(tmp_path)
-    monkeypatch.setattr(recipe, "train_stage", lambda *_: pytest.fail("the training began"))
+    monkeypatch.setattr(stages, "train_stage", lambda *_: pytest.fail("the training began"))
 
     def run(*arguments, error=ValueError):
         with pytest.raises(error) as stop:
@@ -185,7 +186,7 @@ def test_a_frozen_tower_equal_to_the_teachers(tmp_path, refused):
     tower = SiglipVisionModel(teacher.config.vision_config)
     tower.load_state_dict(teacher.model.vision_tower.state_dict())
     tower.save_pretrained(tmp_path / "pair/tower")
-    message = refused("--student.freeze", "[vision_tower]", "--train.encoder_lr", "null")
+    message = refused("--distil.freeze", "[vision_tower]", "--train.encoder_lr", "null")
     assert "student and teacher share one frozen vision tower" in message
     assert "unfreeze the student's vision tower" in message
 

@@ -4,6 +4,8 @@ and left out of the exported student."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from safetensors.torch import load_file
 from toy_run import Crash, weights_hash
 from transformers import AutoModelForImageTextToText, set_seed
 
-from switchkd.config import TrainConfig
+from switchkd.config import Stage, TrainConfig
 from switchkd.data import ConversationDataset, to_conversations
 from switchkd.data.config import DataConfig
 from switchkd.data.steel import CLASSES, render_steel
@@ -20,11 +22,13 @@ from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models import freeze
 from switchkd.models.adapter import LinearAdapter, fit_switch_adapter
 from switchkd.models.config import StudentConfig
-from switchkd.models.tiny import random_llava, tiny_processor
+from switchkd.models.tiny import TEACHER, random_llava, tiny_processor
 from switchkd.runs import RunFolder
-from switchkd.tasks.vlm_config import Run, StageConfig
+from switchkd.tasks import vlm
+from switchkd.tasks.vlm import fit_adapter, method_of
+from switchkd.tasks.vlm_config import Run
 from switchkd.training import DistillTrainer, part_rates, training_arguments
-from switchkd.training.stages import build_method, fit_adapter, stages_of, train_stage
+from switchkd.training.stages import train_stage
 
 COARSE = {"hidden": 32, "layers": 1, "vision_hidden": 24, "vision_layers": 1, "image_size": 32, "patch_size": 16}
 METHOD = SwitchKDConfig(switch="forward_kl", feature="cosine", switch_adapter="linear")
@@ -86,16 +90,16 @@ def test_the_exported_student_is_stock_and_has_no_adapter(tmp_path, narrow, teac
 
 
 def test_the_pair_is_checked_with_an_adapter_that_is_not_fitted_yet(narrow, teacher):
-    stage = StageConfig(DataConfig(), TrainConfig(), method=METHOD)
-    method = build_method(stage, narrow, teacher, None)
+    stage = Stage("distil", None, "student", DataConfig(), TrainConfig(), method=METHOD)
+    method = method_of(stage, narrow, teacher, None)
     assert isinstance(method.switch_adapter, LinearAdapter)
     assert method.switch_adapter.r2 is None
     assert method.feature is not None
     fitted = fit_switch_adapter(narrow, teacher, [torch.randn(2, 3, 32, 32)])
-    assert build_method(stage, narrow, teacher, None, fitted).switch_adapter is fitted
-    without = StageConfig(DataConfig(), TrainConfig(), method=SwitchKDConfig())
+    assert method_of(stage, narrow, teacher, None, fitted).switch_adapter is fitted
+    without = replace(stage, method=SwitchKDConfig())
     with pytest.raises(ValueError, match="switch_adapter"):
-        build_method(without, narrow, teacher, None)
+        method_of(without, narrow, teacher, None)
 
 
 def test_the_fit_takes_samples_from_the_whole_set(narrow, teacher, samples, monkeypatch, capsys):
@@ -126,8 +130,10 @@ def test_a_stage_fits_trains_and_exports(tmp_path, narrow, teacher, samples, cap
         train=TrainConfig(steps=2, batch_size=4, logging_steps=1, checkpoint_every=0),
     )
     run = RunFolder.start(config)
-    (stage,) = stages_of(config)
-    train_stage(run, stage, samples, teacher)
+    given = SimpleNamespace(samples=lambda data: samples, processor=tiny_processor(image_size=32, patch_size=16))
+    (stage,) = config.stages()
+    loaded = vlm.Loaded(config, given, [], None, (teacher, None), (str(TEACHER), torch.float32))
+    train_stage(vlm, loaded, stage, run)
     assert "switch adapter: explains" in capsys.readouterr().out
     records = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
     steps = [record for record in records if "ce" in record]
