@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.losses import answer_rows, forward_kl
+from switchkd.losses.named import divergence
 from switchkd.methods import SwitchKD, Terms
-from switchkd.methods.switch_kd import DIVERGENCES
 from switchkd.models import pathway
 
 
@@ -40,7 +40,7 @@ class SeenOnly(SwitchKD):
     """
 
     def __init__(self, student, teacher, *, align: str, switch: str, nats: float = 0.1, **options):
-        align, switch = (functools.partial(self._kept, DIVERGENCES[name]) for name in (align, switch))
+        align, switch = (functools.partial(self._kept, divergence(name)) for name in (align, switch))
         super().__init__(student, teacher, align=align, switch=switch, **options)
         self.nats = nats
         self._weights: Tensor | None = None

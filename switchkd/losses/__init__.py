@@ -1,16 +1,15 @@
 """Losses between the logits of a student and of a teacher, [N, V], [N, V] -> [N], a value per answer position; and
 between their vision features, a value per image."""
 
-from switchkd.losses.answers import answer_rows, answer_terms
-from switchkd.losses.dbild import bild_loss, dbild_loss, knee
-from switchkd.losses.divergences import forward_kl, jsd, reverse_kl
-from switchkd.losses.features import image_weights, token_cosine, token_relation
+from switchkd.lazy import lazily
 
 __all__ = [
     "answer_rows",
     "answer_terms",
     "bild_loss",
+    "check_divergence",
     "dbild_loss",
+    "divergence",
     "forward_kl",
     "image_weights",
     "jsd",
@@ -19,3 +18,22 @@ __all__ = [
     "token_cosine",
     "token_relation",
 ]
+
+__getattr__ = lazily(
+    __name__,
+    {
+        "answer_rows": "answers",
+        "answer_terms": "answers",
+        "bild_loss": "dbild",
+        "check_divergence": "named",
+        "dbild_loss": "dbild",
+        "divergence": "named",
+        "forward_kl": "divergences",
+        "image_weights": "features",
+        "jsd": "divergences",
+        "knee": "dbild",
+        "reverse_kl": "divergences",
+        "token_cosine": "features",
+        "token_relation": "features",
+    },
+)

@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from switchkd import losses
 from switchkd.losses.answers import answer_rows, answer_terms
+from switchkd.losses.named import divergence
 from switchkd.methods.pair_checks import check_encoders_move, check_features_meet, shared_rows
 from switchkd.methods.terms import Terms, chunking, over_answer_tokens
 from switchkd.models import pathway
@@ -32,14 +33,6 @@ from switchkd.models.image_tokens import images_per_sample, with_image_tokens
 from switchkd.models.llava import recompute_activations
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
-
-DIVERGENCES: dict[str, Callable[..., Tensor]] = {
-    "dbild": losses.dbild_loss,
-    "bild": losses.bild_loss,
-    "forward_kl": losses.forward_kl,
-    "reverse_kl": losses.reverse_kl,
-    "jsd": losses.jsd,
-}
 
 FEATURES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cosine": losses.token_cosine,
@@ -52,8 +45,9 @@ class SwitchKD(nn.Module):
 
     student, teacher: LLaVA models over one vocabulary; the teacher is frozen here and kept in eval mode. It reads what
         the student's processor encoded, so `<image>` and padding may have other ids in it, or none.
-    align, switch: the divergence of z_S and of z_switch from z_T: a name of `DIVERGENCES`, your own function
-        [N, V] (student or switch logits), [N, V] (teacher logits) -> [N], or None to leave the term and its pass out.
+    align, switch: the divergence of z_S and of z_switch from z_T: a name of `switchkd.losses.named.DIVERGENCES`, your
+        own function [N, V] (student or switch logits), [N, V] (teacher logits) -> [N], itself or by name as
+        "package.module:function", or None to leave the term and its pass out.
     align_weight, switch_weight: lambda 1 and 2 of Eq. 1; 1.0 and 1.0 as reported of the paper.
     align_options, switch_options: keyword arguments of the divergence, such as {"temperature": 3.0}.
     feature: the distance of the student's vision features from the teacher's: a name of `FEATURES`, your own function
@@ -210,20 +204,28 @@ def _divergence(field: str, choice: str | Divergence | None, options: Mapping | 
             raise ValueError(f"{field}_options is {options} but {field} is None: name a divergence or drop the options")
         return None
     if isinstance(choice, str):
-        if choice not in DIVERGENCES:
-            raise ValueError(
-                f"{field} is {choice!r}; known are {', '.join(DIVERGENCES)}, or pass a function [N, V], [N, V] -> [N]"
-            )
-        choice = DIVERGENCES[choice]
+        try:
+            choice = divergence(choice)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from error
         known = list(inspect.signature(choice).parameters)[2:]
         unknown = [name for name in options if name not in known]
         if unknown:
             raise ValueError(f"{field}_options: {choice.__name__} has no option {unknown}; it has {', '.join(known)}")
-        try:  # options out of range are refused here, not at step 1
-            choice(torch.zeros(1, 4), torch.zeros(1, 4), **options)
-        except TypeError as error:
-            raise ValueError(f"{field}_options is {options}: {error}; give numbers where numbers are due") from error
+        _try(field, choice, options)
     return functools.partial(choice, **options) if options else choice
+
+
+def _try(field: str, choice: Divergence, options: dict) -> None:
+    """What a divergence cannot take, or gives in another shape, is refused here and not at step 1."""
+    rows = torch.tensor([[0.0, 1.0, 2.0, 3.0], [3.0, 1.0, 0.0, 2.0]])
+    try:
+        values = choice(rows, rows.flip(0), **options)
+    except TypeError as error:
+        raise ValueError(f"{field}_options is {options}: {error}; give numbers where numbers are due") from error
+    if getattr(values, "shape", None) != rows.shape[:1]:
+        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"{field}: {choice.__name__} of two rows [2, 4] gave {given}, and it must give [2], one a row")
 
 
 def _distance(feature: str | Divergence | None) -> Divergence | None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from switchkd.config import at_least
+from switchkd.losses.named import check_divergence
 
 
 @dataclass(frozen=True)
@@ -13,8 +14,8 @@ class SwitchKDConfig:
     """How the student learns from the teacher; see `switchkd.SwitchKD`."""
 
     align: str | None = "dbild"
-    """Divergence of the student's logits from the teacher's: dbild, bild, forward_kl, reverse_kl, jsd; null:
-    none."""
+    """Divergence of the student's logits from the teacher's: dbild, bild, forward_kl, reverse_kl, jsd, or your own
+    function [N, V], [N, V] -> [N] as package.module:function; null: none."""
     switch: str | None = "dbild"
     """Divergence of the switched logits (the student's features read by the teacher) from the teacher's;
     null: none. With align, switch and feature null nothing is distilled: cross entropy alone."""
@@ -38,6 +39,12 @@ class SwitchKDConfig:
     """Recompute the teacher's activations of the switch pass in backward: less memory, more time."""
 
     def __post_init__(self):
+        for name in ("align", "switch"):
+            if (choice := getattr(self, name)) is not None:
+                try:
+                    check_divergence(choice)
+                except ValueError as error:
+                    raise ValueError(f"method.{name}: {error}") from error
         at_least("method", self, align_weight=0, switch_weight=0, feature_weight=0)
         if self.switch_adapter and not self.switch and not self.feature:
             raise ValueError(

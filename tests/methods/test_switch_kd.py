@@ -172,7 +172,7 @@ def test_text_only_batches(student, teacher, batch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"align": "dbld"}, "align is 'dbld'; known are dbild, bild"),
+        ({"align": "dbld"}, "align: unknown divergence 'dbld' .did you mean dbild"),
         (
             {"switch_options": {"tau": 3}},
             "switch_options: dbild_loss has no option .'tau'.; it has temperature",
