@@ -21,11 +21,19 @@ class Verb(TyperCommand):
             raise typer.Exit(2) from None
 
 
+class TrainVerb(Verb):
+    """Also: an interruption ends as the command that goes on."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        from switchkd.train import one_line
+
+        raise typer.Exit(one_line(lambda: TyperCommand.invoke(self, ctx), "train"))
+
+
 # Of a verb that reads a run's configuration: what is no option of its own sets a field.
 TAKES_FIELDS = {"ignore_unknown_options": True, "allow_extra_args": True}
 
 app = typer.Typer(
-    help="Make a small vision-language model out of a big one. Training is started by the scripts in recipes/.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,6 +43,33 @@ app = typer.Typer(
 def main() -> None:
     """The console script."""
     app(prog_name="switchkd")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        from switchkd import __version__
+
+        typer.echo(f"switchkd {__version__}")
+        for name in ("torch", "transformers", "accelerate", "peft"):
+            try:
+                typer.echo(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                typer.echo(f"{name} is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def switchkd(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="This version, and what it uses.")
+    ] = False,
+) -> None:
+    """Make a small vision-language model out of a big one.
+
+    Every verb has --help. On several GPUs training is started by accelerate launch, as `switchkd train --help` says.
+    """
 
 
 def _list_fields(ctx: typer.Context, wanted: bool) -> None:
@@ -149,6 +184,55 @@ def convert(
 
     _quiet_loading()
     convert_checkpoint(source, target, chat_template=template)
+
+
+@app.command(cls=TrainVerb, context_settings=TAKES_FIELDS)
+def train(
+    ctx: typer.Context,
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="CONFIG", help="YAML file, or the name of a shipped one; not needed with --resume."),
+    ] = None,
+    fields: FIELDS = False,
+) -> None:
+    """Run every stage of a configuration, judge, and write the run's folder.
+
+    Any field of the run can be set as well, as in --train.lr 1e-3; --fields lists them. An interrupted run goes on with
+    --name NAME --resume. On several GPUs: accelerate launch --num_processes 8 -m switchkd train CONFIG.
+    """
+    from switchkd.configs import find
+    from switchkd.tasks import load_config
+    from switchkd.train import train as train_run
+
+    if config is None and "--resume" not in " ".join(ctx.args):
+        raise ValueError("give CONFIG, a YAML file or one of `switchkd configs`, or --name NAME --resume")
+    default = find("quickstart" if config is None else config)
+    train_run(load_config(ctx.args, default=default, prog="switchkd train"))
+
+
+@app.command(cls=Verb)
+def configs(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Those to copy; none: list all.")
+    ] = None,
+    to: Annotated[Path, typer.Option(metavar="FOLDER", help="Where copies go.")] = Path(),
+) -> None:
+    """List the shipped configurations, or copy some to a folder to change them there."""
+    from switchkd.configs import copy, shipped, summary
+
+    if names:
+        for file in copy(names, to):
+            typer.echo(f"copied: {file}")
+        return
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for file in shipped():
+        table.add_row(file.stem, Text(summary(file)))
+    Console().print(table)
 
 
 def _run_config(ctx: typer.Context, config: Path):

@@ -19,6 +19,14 @@ from switchkd.config import load, save_config, weight_fields
 RESULTS = "results.json"  # written last: a run that has it is finished
 
 
+class Stopped(KeyboardInterrupt):
+    """A run that was interrupted. reached: what is left of it, in words; run: its folder."""
+
+    def __init__(self, reached: str, run: RunFolder):
+        super().__init__(reached)
+        self.resume = ["--name", run.path.name, "--out", str(run.path.parent), "--resume"]
+
+
 class RunFolder:
     """The folder of one run. `path`: where it is. `config`: the configuration of its task, `name` filled in."""
 

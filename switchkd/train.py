@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from switchkd.runs import Stopped
 from switchkd.tasks import task_of
 from switchkd.tasks.vlm_config import Run
 
@@ -25,32 +26,37 @@ def train(config: Run) -> Path:
     return train_run(task_of(config), config)
 
 
-def one_line(main: Callable[[], object]) -> int:
-    """The exit status of a recipe: what the user can mend ends as one line on stderr and status 2, an interruption as
-    the command that goes on and status 130; any other error keeps its traceback."""
+def one_line(main: Callable[[], object], verb: str = "") -> int:
+    """The exit status of a recipe, or of `verb` of the command line: what the user can mend ends as one line on stderr
+    and status 2, an interruption as the command that goes on and status 130; other errors keep their traceback."""
     try:
         main()
     except (ValueError, OSError) as error:
-        _say(f"error: {' '.join(str(error).split())}")
+        _say(verb, f"error: {' '.join(str(error).split())}")
         return 2
-    except KeyboardInterrupt as stop:
-        _say(f"stopped: {stop}; go on with: {resuming()}" if str(stop) else "stopped before a step was trained")
+    except Stopped as stop:
+        _say(verb, f"stopped: {stop}; go on with: {shlex.join([*_command(verb), *stop.resume])}")
+        return 130
+    except KeyboardInterrupt:
+        _say(verb, "stopped before anything was trained")
         return 130
     finally:
         _leave_group()
     return 0
 
 
-def resuming() -> str:
-    """The command of this process again, with --resume."""
-    words = [word for word in sys.argv[1:] if word not in ("--resume",)]
-    launch = "accelerate launch" if Path(sys.argv[0]).suffix == ".py" else ""
-    return shlex.join([*launch.split(), sys.argv[0], *words, "--resume"])
+def _command(verb: str) -> list[str]:
+    """What started this process, without its arguments."""
+    if verb:
+        return ["switchkd", verb]
+    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
+    return [*launcher, sys.argv[0]]
 
 
-def _say(line: str) -> None:
+def _say(verb: str, line: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
-    print(f"{Path(sys.argv[0]).name}: {f'process {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)
+    who = f"switchkd {verb}" if verb else Path(sys.argv[0]).name
+    print(f"{who}: {f'process {rank}: ' if rank else ''}{line}", file=sys.stderr, flush=True)
 
 
 def _leave_group() -> None:

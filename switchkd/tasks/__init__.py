@@ -11,6 +11,7 @@ from types import ModuleType
 
 from switchkd import config
 from switchkd.config_file import read_yaml
+from switchkd.runs import RunFolder
 from switchkd.tasks.vlm_config import Run
 
 
@@ -19,14 +20,19 @@ def load_config(
 ) -> Run:
     """The configuration that command line arguments name (`sys.argv[1:]` by default), as `switchkd.config.load`.
 
-    default: the file that is read where no --config is given, unless --resume names a run: then that run's own.
+    default: the file that is read where no --config is given. Where --resume names a run, that run's own is read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not any(word.partition("=")[0] == "--config" for word in argv) and default is not None:
-        named = config.load(Run, ["--config", str(default), *argv], prog=prog)
+    given = [] if default is None else ["--config", str(default)]
+    if any(word.partition("=")[0] == "--config" for word in argv):
+        given = []
+    elif any(word.partition("=")[0] == "--resume" for word in argv):
+        named = config.load(Run, [*given, *argv], prog=prog)
         own = named.folder / "config.yaml"
-        argv = ["--config", str(own if named.resume and own.is_file() else default), *argv]
-    run = config.load(Run, argv, prog=prog)
+        if named.resume and (own.is_file() or not given):
+            RunFolder.check(named)
+            given = ["--config", str(own)]
+    run = config.load(Run, [*given, *argv], prog=prog)
     teacher = run.teacher
     if teacher.made_by and not teacher.path:
         name = read_yaml(teacher.made_by).get("name")

@@ -22,6 +22,7 @@ def process_state() -> PartialState:
     """
     if not on_cpu():
         return PartialState()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or deepspeed, where it is installed, warns that it looked in vain
     if "LOCAL_RANK" not in os.environ:
         return PartialState(cpu=True)
     # accelerate does not look for DeepSpeed where it is told to use the CPU.

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from switchkd.config import Stage, weight_fields
-from switchkd.runs import RunFolder
+from switchkd.runs import RunFolder, Stopped
 from switchkd.training.arguments import part_rates, training_arguments
 from switchkd.training.memory import keep_freed_memory
 from switchkd.training.processes import process_state
@@ -39,10 +39,13 @@ def train_run(task: ModuleType, config: Any) -> Path:
     config = loaded.config
     run = RunFolder.resume(config) if config.resume else _start(config)
     state.print(f"run folder: {run.path}")
-    for stage in config.stages():
-        if not is_finished(run, stage):
-            train_stage(task, loaded, stage, run)
-    task.judge(loaded, run)
+    try:
+        for stage in config.stages():
+            if not is_finished(run, stage):
+                train_stage(task, loaded, stage, run)
+        task.judge(loaded, run)
+    except KeyboardInterrupt as stop:
+        raise Stopped(f"stage {stage.name}, {stop}" if str(stop) else f"after stage {stage.name} began", run) from stop
     state.print(f"{(time.perf_counter() - started) / 60:.1f} minutes; everything is in {run.path}")
     return run.path
 
