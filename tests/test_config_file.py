@@ -131,7 +131,7 @@ def test_a_made_teacher_ends_in_its_own_runs_folder(tmp_path):
     [
         ("train.stepps", "train.steps"),
         ("data.train_split_", "data.train_split"),
-        ("lr", "train.lr"),
+        ("max_length", "data.max_length"),
         ("studnt.path", "student.path"),
     ],
 )
