@@ -49,9 +49,10 @@ def test_flags_exist():
     assert {"data.root", "train.lr", "resume"} <= flags
     values = {
         "name": "x",
-        "resume": "true",
+        "resume": "false",
         "train.lr": "1e-3",
         "method.switch": "forward_kl",
+        "method.align": "jsd",
         "data.source": "llava",
         "train.batch_size": "16",
     }
