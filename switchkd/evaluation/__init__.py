@@ -10,6 +10,7 @@ __all__ = [
     "judged_rows",
     "parse_boxes",
     "score_answers",
+    "score_boxes",
     "score_detections",
 ]
 
@@ -23,6 +24,7 @@ __getattr__ = lazily(
         "judged_rows": "scores",
         "parse_boxes": "detection_qa",
         "score_answers": "scores",
+        "score_boxes": "detection",
         "score_detections": "detection_qa",
     },
 )
