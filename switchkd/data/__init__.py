@@ -32,7 +32,7 @@ __getattr__ = lazily(
         "encode_prompt": "encoding",
         "grid_to_box": "instruct",
         "join_turns": "conversations",
-        "read_defects": "defects",
+        "read_defects": "layouts.read",
         "read_llava": "conversations",
         "read_messages": "conversations",
         "to_conversations": "instruct",

@@ -12,8 +12,9 @@ from switchkd.config import filled_in
 from switchkd.data.bad_samples import keep_good
 from switchkd.data.config import DataConfig
 from switchkd.data.conversations import Conversation, check_conversation, join_turns, read_llava, read_messages
-from switchkd.data.defects import DefectImage, read_defects
+from switchkd.data.defects import DefectImage
 from switchkd.data.instruct import to_conversations
+from switchkd.data.layouts.read import read_defects
 from switchkd.data.steel import CLASSES, render_steel
 
 # Rendered parts never share a picture: each has a stream of its own, and `recipes/make_tiny.py` has 2 and 3.
