@@ -11,9 +11,12 @@ from typing import TypeVar
 from switchkd.config import filled_in
 from switchkd.data.bad_samples import keep_good
 from switchkd.data.config import DataConfig
-from switchkd.data.conversations import Conversation, check_conversation, join_turns, read_llava, read_messages
+from switchkd.data.conversations.conversation import Conversation, check_conversation
+from switchkd.data.conversations.instruct import to_conversations
+from switchkd.data.conversations.llava import read_llava
+from switchkd.data.conversations.messages import read_messages
+from switchkd.data.conversations.turns import join_turns
 from switchkd.data.defects import DefectImage
-from switchkd.data.instruct import to_conversations
 from switchkd.data.layouts.read import read_defects
 from switchkd.data.steel import CLASSES, render_steel
 
@@ -29,7 +32,7 @@ class Source:
     test: list[Conversation]
 
 
-def load_source(config: DataConfig) -> Source:
+def load_conversations(config: DataConfig) -> Source:
     """Reads or renders both parts, and the further training parts of `config.mixture`; of each part, up to the share
     `config.max_bad_rate` may be bad and is left out. Without a test split the test part is empty.
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from switchkd.data.conversations import Conversation
+from switchkd.data.conversations.conversation import Conversation
 from switchkd.data.scenes import COLOURS, FAULTS, SHAPES, SIZES, SPRITES, SURFACES, Draws, Scenes, render
 from switchkd.data.steel import render_steel
 from switchkd.data.words import (

@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from switchkd.data.conversations import Conversation, message_text
+from switchkd.data.conversations.conversation import Conversation, message_text
 from switchkd.evaluation.detection_qa import all_found, box_scores, parse_boxes, score_detections
 from switchkd.evaluation.generate import Answer, last_question
 

@@ -12,7 +12,7 @@ from transformers import LlavaProcessor
 from switchkd.config import Stage
 from switchkd.data import Conversation, ConversationDataset
 from switchkd.data.config import DataConfig
-from switchkd.data.sources import Source, load_source
+from switchkd.data.sources import Source, load_conversations
 from switchkd.tasks.vlm_config import Run
 
 
@@ -31,7 +31,7 @@ class StageData:
         for stage in stages:
             data = stage.data
             if data not in self._sets:
-                self._sources[data] = source = load_source(data)
+                self._sources[data] = source = load_conversations(data)
                 with state.main_process_first():
                     self._sets[data] = ConversationDataset(
                         source.train,

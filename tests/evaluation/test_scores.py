@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from switchkd.data.conversations import Conversation
+from switchkd.data.conversations.conversation import Conversation
 from switchkd.evaluation import Answer, judged_rows, score_answers, score_detections
 
 
