@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from voc_folder import write_voc
 
 from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.data.conversations.instruct import shown
@@ -74,27 +75,6 @@ def test_a_part_without_images_is_refused(field, count):
 
 
 # ---- A folder of Pascal VOC boxes
-
-XML = (
-    "<annotation><size><width>20</width><height>10</height></size><object><name>{}</name><bndbox><xmin>2</xmin>"
-    "<ymin>3</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object></annotation>"
-)
-
-
-def write_voc(root, **splits):
-    """splits: name -> classes of its images, one box each; images are called CLASS_NUMBER."""
-    numbers = Counter()
-    for folder in ("annotations", "images", "splits"):
-        (root / folder).mkdir()
-    for split, classes in splits.items():
-        stems = []
-        for name in classes:
-            numbers[name] += 1
-            stems.append(f"{name}_{numbers[name]}")
-            Image.effect_noise((20, 10), 50).save(root / "images" / f"{stems[-1]}.jpg")
-            (root / "annotations" / f"{stems[-1]}.xml").write_text(XML.format(name))
-        (root / "splits" / f"{split}.txt").write_text("\n".join(stems))
-    return DataConfig(source="voc", root=str(root))
 
 
 def image_names(conversations):
@@ -347,7 +327,8 @@ def test_a_voc_part_asks_for_its_own_classes(tmp_path):
     (tmp_path / "voc").mkdir()
     write_voc(tmp_path / "voc", all=["rust", "dent"] * 4)
     part = MixtureConfig("voc", str(tmp_path / "voc"), "all", 2)
-    source = load_conversations(replace(STEEL, train_images=2, test_images=1, mixture=(part,), kinds=("classify", "count")))
+    steel = replace(STEEL, train_images=2, test_images=1, mixture=(part,), kinds=("classify", "count"))
+    source = load_conversations(steel)
     added = source.train[2:]
     assert Counter(each.id for each in added) == dict.fromkeys({each.id for each in added}, 2)
     assert len(added) == 16
