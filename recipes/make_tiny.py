@@ -6,8 +6,8 @@ Real users start from pretrained parts; offline ones start from these. A vision 
 from questions and answers alone in its first thousand steps, so it is pretrained as a rendered world allows: for every
 patch, which kinds of defect it shows and the corners of the box it lies in. The tower that ships, the one that students
 start from, is kept early in this pretraining; the teacher goes on from its end and is trained by the package's own
-trainer on the questions of `switchkd.data.instruct`: like a student with a general encoder beside a teacher whose
-encoder knows the domain. Pictures come from seeds that no other part uses.
+trainer on the questions of `switchkd.data.to_conversations`: like a student with a general encoder beside a teacher
+whose encoder knows the domain. Pictures come from seeds that no other part uses.
 Writes OUT/vision_tower, OUT/teacher (float16) and OUT/log.json with the scores on held-out pictures.
 """
 

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from switchkd.data.conversations import IMAGE_MARK, Conversation
+from switchkd.data.conversations.conversation import IMAGE_MARK, Conversation
 from switchkd.data.images import check_image, load_image
 from switchkd.evaluation import Answer, generate_answers, parse_boxes
-from switchkd.evaluation.pictures import draw_asked
+from switchkd.evaluation.drawing import draw_asked
 from switchkd.models import load_llava
 from switchkd.models.shapes import saved_config
 from switchkd.terminal import printable

@@ -21,10 +21,10 @@ from rich.text import Text
 from switchkd.data import ConversationDataset
 from switchkd.data.bad_samples import Faults
 from switchkd.data.config import DataConfig
-from switchkd.data.encoding import IGNORE
+from switchkd.data.conversations.encoding import IGNORE
+from switchkd.data.conversations.summary import summarise
 from switchkd.data.images import load_image
-from switchkd.data.sources import load_source
-from switchkd.data.summary import summarise
+from switchkd.data.sources import load_conversations
 from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.students import build_processor
 from switchkd.rehearsal import rehearse
@@ -72,8 +72,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Inspection:
-    """stage: its name. data: its data section. summary: as `switchkd.data.summary.summarise` gives it. faults: what is
-    bad, by source, samples without an answer token among it."""
+    """stage: its name. data: its data section. summary: as `summarise` gives it. faults: what is bad, by source,
+    samples without an answer token among it."""
 
     stage: str
     data: DataConfig
@@ -87,7 +87,7 @@ def inspect_data(config: Run, stage: str | None = None, *, samples: int = 3, see
     at random by `seed`, in the order of the set.
 
     Bad samples are counted, however many they are. Raises ValueError for a stage that the configuration does not have,
-    for a set without a good sample, and as `load_source` for files that cannot be read.
+    for a set without a good sample, and as `load_conversations` for files that cannot be read.
     """
     if config.tiny:
         config = rehearse(config)
@@ -100,7 +100,7 @@ def inspect_data(config: Run, stage: str | None = None, *, samples: int = 3, see
     if config.distils:
         student = as_teacher_reads(student, config.teacher, teacher_processor(config.teacher))
     processor = build_processor(student)
-    conversations = load_source(replace(data, test_split=None)).train
+    conversations = load_conversations(replace(data, test_split=None)).train
     # Not from the cache of an earlier check: whoever adds a missing image asks here whether it is found.
     workers = min(16, os.cpu_count() or 1)
     dataset = ConversationDataset(conversations, processor, data.max_length, max_bad_rate=1.0, workers=workers)

@@ -25,7 +25,7 @@ from transformers import (
 
 from switchkd.config import TrainConfig
 from switchkd.data.config import DataConfig, MixtureConfig
-from switchkd.data.sample_llava import CAPTIONS, INSTRUCTIONS, write_llava_sample
+from switchkd.data.conversations.sample_llava import CAPTIONS, INSTRUCTIONS, write_llava_sample
 from switchkd.evaluation.config import JudgeConfig
 from switchkd.models import assemble_llava
 from switchkd.models.shapes import part_config, student_config, teacher_config

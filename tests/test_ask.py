@@ -16,7 +16,7 @@ from switchkd.cli import app
 from switchkd.data import Conversation
 from switchkd.data.steel import render_steel
 from switchkd.evaluation import Answer, generate_answers
-from switchkd.evaluation.pictures import ANSWER
+from switchkd.evaluation.drawing import ANSWER
 from switchkd.models import load_llava
 from switchkd.models.tiny import TEACHER, VISION_TOWER
 

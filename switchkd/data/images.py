@@ -37,7 +37,7 @@ UPRIGHT = {
 
 
 class StoredImage(Protocol):
-    """A picture that is no file of its own, such as `switchkd.data.parquet.ParquetImage`; its text names it."""
+    """A picture that is no file of its own, such as one in a parquet row; its text names it."""
 
     def open(self, mode: str = "rb") -> BinaryIO: ...
 

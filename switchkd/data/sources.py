@@ -1,4 +1,7 @@
-"""What a run trains on and is judged on: training and test conversations by the configuration's data section."""
+"""What a run trains on and is judged on, by the configuration's data section: labelled pictures, or conversations.
+
+`load_images` ends before any text is written; `load_conversations` goes on from its pictures, or reads files of text.
+"""
 
 from __future__ import annotations
 
@@ -10,75 +13,132 @@ from typing import TypeVar
 
 from switchkd.config import filled_in
 from switchkd.data.bad_samples import keep_good
-from switchkd.data.config import DataConfig
-from switchkd.data.conversations import Conversation, check_conversation, join_turns, read_llava, read_messages
-from switchkd.data.defects import DefectImage, read_defects
-from switchkd.data.instruct import to_conversations
+from switchkd.data.config import DataConfig, MixtureConfig
+from switchkd.data.conversations.conversation import Conversation, check_conversation
+from switchkd.data.conversations.instruct import to_conversations
+from switchkd.data.conversations.llava import read_llava
+from switchkd.data.conversations.messages import read_messages
+from switchkd.data.conversations.turns import join_turns
+from switchkd.data.defects import DefectImage
+from switchkd.data.layouts.read import read_defects
 from switchkd.data.steel import CLASSES, render_steel
 
 # Rendered parts never share a picture: each has a stream of its own, and `recipes/make_tiny.py` has 2 and 3.
 TRAIN_STREAM, TEST_STREAM = 0, 1
 
+Item = TypeVar("Item")
+
 
 @dataclass(frozen=True)
-class Source:
+class ImageSets:
+    """Labelled pictures to train on and to judge on, and the classes that their labels name."""
+
+    train: list[DefectImage]
+    test: list[DefectImage]
+    classes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ConversationSets:
     """`train`: conversations of one or several turns. `test`: single questions, each with its kind."""
 
     train: list[Conversation]
     test: list[Conversation]
 
 
-def load_source(config: DataConfig) -> Source:
-    """Reads or renders both parts, and the further training parts of `config.mixture`; of each part, up to the share
-    `config.max_bad_rate` may be bad and is left out. Without a test split the test part is empty.
+def load_images(config: DataConfig) -> ImageSets:
+    """The labelled pictures of both parts, and of the further training parts of `config.mixture`; of each part, up to
+    the share `config.max_bad_rate` may be bad and is left out. Without a test split the test part is empty.
 
-    Raises ValueError or FileNotFoundError naming the field or file that is wrong.
+    classes: of the whole training split, sorted, whichever pictures are picked; steel's in their own order; then those
+        that only the mixture has. Of a part's pictures each is there as often as its weight says.
+    Raises ValueError or FileNotFoundError naming the field or file that is wrong, and ValueError for parts that are
+    conversations.
     """
-    main = _main(config)
-    further = [each for number in range(len(config.mixture)) for each in _part(config, number)]
-    return Source(main.train + further, main.test)
+    main, parts = _main_images(config), range(len(config.mixture))
+    further = [_part_images(config, number) for number in parts]
+    train = list(main.train)
+    for number, part in enumerate(further):
+        train += _weighted(part.train, config.mixture[number].weight, f"{config.image_seed}/{number}")
+    others = {name for part in further for name in part.classes} - set(main.classes)
+    return ImageSets(train, main.test, (*main.classes, *sorted(others)))
 
 
-def _main(config: DataConfig) -> Source:
+def load_conversations(config: DataConfig) -> ConversationSets:
+    """The conversations of both parts: read from their files, or asked about the labelled pictures. Parts, shares and
+    errors as in `load_images`."""
+    pictures = config.source in ("steel", "voc")
+    main = _asked(_main_images(config), config) if pictures else _main_files(config)
+    further = [each for number in range(len(config.mixture)) for each in _part_conversations(config, number)]
+    return ConversationSets(main.train + further, main.test)
+
+
+def _main_images(config: DataConfig) -> ImageSets:
     judged = config.test_split is not None
     if config.source == "steel":
-        test = steel_part(config, TEST_STREAM, config.test_images) if judged else []
-        return _from_defects([steel_part(config, TRAIN_STREAM, config.train_images), test], CLASSES, config)
+        train = steel_part(config, TRAIN_STREAM, config.train_images)
+        return ImageSets(train, steel_part(config, TEST_STREAM, config.test_images) if judged else [], CLASSES)
+    if config.source != "voc":
+        raise ValueError(f"data.source is {config.source}, which has no labelled pictures: give voc or steel")
     root, seed = config.folder(), config.image_seed
-    if config.source == "voc":
-        train = _read_voc(root, config.train_split, config)
-        test = _read_voc(root, config.test_split, config) if judged else []
-        # Of the whole split, so that the questions do not change with the number of images.
-        classes = _classes(train, f"data.train_split {config.train_split}")
-        _check_classes(test, classes, config)
-        parts = [_picked(train, config.train_images, seed), _picked(test, config.test_images, seed)]
-        return _from_defects(parts, classes, config)
+    train = _read_voc(root, config.train_split, config)
+    test = _read_voc(root, config.test_split, config) if judged else []
+    # Of the whole split, so that the questions do not change with the number of images.
+    classes = _classes(train, f"data.train_split {config.train_split}")
+    _check_classes(test, classes, config)
+    return ImageSets(_picked(train, config.train_images, seed), _picked(test, config.test_images, seed), classes)
+
+
+def _main_files(config: DataConfig) -> ConversationSets:
+    root, seed = config.folder(), config.image_seed
     train = _read_file(config.source, config.train_split, root, config, "data.train_split")
-    test = _read_file(config.source, config.test_split, root, config, "data.test_split") if judged else []
+    test = []
+    if config.test_split is not None:
+        test = _read_file(config.source, config.test_split, root, config, "data.test_split")
     picked = _picked(test, config.test_images, seed)
-    return Source(_picked(train, config.train_images, seed), _questions(picked, config))
+    return ConversationSets(_picked(train, config.train_images, seed), _questions(picked, config))
 
 
-def _part(config: DataConfig, number: int) -> list[Conversation]:
+def _part(config: DataConfig, number: int) -> tuple[MixtureConfig, str, Path]:
+    """One part of the mixture, its name in messages, and its folder."""
     part, name = config.mixture[number], f"data.mixture[{number}]"
     root = filled_in(part.root, f"{name}.root")
     if not root.is_dir():
         raise FileNotFoundError(f"{name}.root is {root}, which is not a folder: give the folder of the data")
+    return part, name, root
+
+
+def _part_images(config: DataConfig, number: int) -> ImageSets:
+    part, name, root = _part(config, number)
+    if part.source != "voc":
+        raise ValueError(f"{name}.source is {part.source}, which has no labelled pictures: give voc")
+    images = _read_voc(root, part.split, config)
+    return ImageSets(images, [], _classes(images, f"{name}.split {part.split}"))
+
+
+def _part_conversations(config: DataConfig, number: int) -> list[Conversation]:
+    part, name, root = _part(config, number)
     if part.source == "voc":
-        images = _read_voc(root, part.split, config)
-        classes = _classes(images, f"{name}.split {part.split}")
-        conversations = _from_defects([images, []], classes, config).train
+        conversations = _asked(_part_images(config, number), config).train
     else:
         conversations = _read_file(part.source, part.split, root, config, f"{name}.split")
     return _weighted(conversations, part.weight, f"{config.image_seed}/{number}")
 
 
-def _weighted(conversations: list[Conversation], weight: float, seed: str) -> list[Conversation]:
-    """Each conversation `weight` times; of what is over, that share of them at random, at least one in all."""
+def _asked(images: ImageSets, config: DataConfig) -> ConversationSets:
+    """The questions about the pictures. Several turns an image share one pass of the vision tower; judging asks each
+    question alone."""
+    seed, kinds = config.image_seed, config.kinds
+    train = join_turns(to_conversations(images.train, images.classes, seed, kinds=kinds), shuffle_seed=seed)
+    return ConversationSets(train, list(to_conversations(images.test, images.classes, seed, kinds=kinds)))
+
+
+def _weighted(items: list[Item], weight: float, seed: str) -> list[Item]:
+    """Each item `weight` times; of what is over, that share of them at random, at least one in all."""
     whole = int(weight)
-    share = round((weight - whole) * len(conversations))
+    share = round((weight - whole) * len(items))
     count = share if whole else max(share, 1)
-    return conversations * whole + (_picked(conversations, count, seed) if count else [])
+    return items * whole + (_picked(items, count, seed) if count else [])
 
 
 def steel_part(config: DataConfig, stream: int, count: int | None) -> list[DefectImage]:
@@ -93,16 +153,8 @@ def _read_voc(root: Path, split: str, config: DataConfig) -> list[DefectImage]:
     return list(read_defects(root, split=split, **rules))
 
 
-def _from_defects(parts: Sequence[list[DefectImage]], classes: Sequence[str], config: DataConfig) -> Source:
-    train, test = parts
-    seed, kinds = config.image_seed, config.kinds
-    # Several turns an image share one pass of the vision tower. Judging asks each question alone.
-    turns = join_turns(to_conversations(train, classes, seed, kinds=kinds), shuffle_seed=seed)
-    return Source(turns, list(to_conversations(test, classes, seed, kinds=kinds)))
-
-
-def _classes(train: Sequence[DefectImage], name: str) -> list[str]:
-    classes = sorted({label for image in train for label in image.labels})
+def _classes(train: Sequence[DefectImage], name: str) -> tuple[str, ...]:
+    classes = tuple(sorted({label for image in train for label in image.labels}))
     if not classes:
         raise ValueError(f"{name}: no image has a box, so there is no class to ask for")
     return classes
@@ -143,9 +195,6 @@ def _questions(conversations: list[Conversation], config: DataConfig) -> list[Co
         return check_conversation(conversation)
 
     return keep_good(conversations, check, max_bad_rate=config.max_bad_rate, what=name)
-
-
-Item = TypeVar("Item")
 
 
 def _picked(items: list[Item], count: int | None, seed: int | str) -> list[Item]:

@@ -5,11 +5,12 @@ from switchkd.lazy import lazily
 __all__ = [
     "Answer",
     "all_found",
-    "answer_rows",
     "box_scores",
     "generate_answers",
+    "judged_rows",
     "parse_boxes",
     "score_answers",
+    "score_boxes",
     "score_detections",
 ]
 
@@ -18,11 +19,12 @@ __getattr__ = lazily(
     {
         "Answer": "generate",
         "all_found": "detection_qa",
-        "answer_rows": "answers",
         "box_scores": "detection_qa",
         "generate_answers": "generate",
+        "judged_rows": "scores",
         "parse_boxes": "detection_qa",
-        "score_answers": "answers",
+        "score_answers": "scores",
+        "score_boxes": "detection",
         "score_detections": "detection_qa",
     },
 )

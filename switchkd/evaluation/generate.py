@@ -9,8 +9,8 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from switchkd.data.conversations import Conversation, message_text
-from switchkd.data.encoding import Collator, encode_prompt
+from switchkd.data.conversations.conversation import Conversation, message_text
+from switchkd.data.conversations.encoding import Collator, encode_prompt
 from switchkd.data.images import load_image
 
 # One grey for every model, so that teacher and student are blinded by the same picture.

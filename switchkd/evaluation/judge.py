@@ -11,9 +11,9 @@ from torch import nn
 from transformers import ProcessorMixin
 
 from switchkd.data import Conversation
-from switchkd.evaluation.answers import answer_rows, score_answers
+from switchkd.evaluation.drawing import draw_located
 from switchkd.evaluation.generate import generate_answers
-from switchkd.evaluation.pictures import draw_located
+from switchkd.evaluation.scores import judged_rows, score_answers
 from switchkd.evaluation.table import results_table
 from switchkd.runs import RESULTS, RunFolder
 
@@ -48,7 +48,7 @@ def judge_models(run: RunFolder, rows: Sequence[Row], questions: list[Conversati
         answers[row.name] = gather_object(given)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         results[row.name] = {"parameters": parameters, **score_answers(questions, answers[row.name])}
-        lines += [{"model": row.name, **line} for line in answer_rows(questions, answers[row.name])]
+        lines += [{"model": row.name, **line} for line in judged_rows(questions, answers[row.name])]
     if not state.is_main_process:
         return
     table = results_table(results)

@@ -16,7 +16,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from switchkd.data import instruct
+from switchkd.data.conversations import instruct
 from switchkd.data.steel import CLASSES
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -47,7 +47,7 @@ LLAMA_CHAT_TEMPLATE = (
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of about 400 rows learnt from the questions and answers of `switchkd.data.instruct`.
+    """Byte-level BPE of about 400 rows learnt from the questions and answers of `switchkd.data.conversations.instruct`.
 
     Digits are single tokens, as in Qwen2.5. The same rows in the same order on every machine.
     """

@@ -15,7 +15,7 @@ from transformers import LlavaProcessor
 from switchkd.config import filled_in
 from switchkd.data import ConversationDataset
 from switchkd.data.config import DataConfig
-from switchkd.data.sources import load_source
+from switchkd.data.sources import load_conversations
 from switchkd.models.config import StudentConfig
 from switchkd.models.students import build_processor
 
@@ -83,7 +83,7 @@ def survey(
     rendered = data.source == "steel" and data.train_images is not None
     part = replace(data, test_split=None, train_images=min(data.train_images, 200) if rendered else data.train_images)
     try:
-        conversations = load_source(part).train
+        conversations = load_conversations(part).train
         samples = len(conversations) * data.train_images // part.train_images if rendered else len(conversations)
         if len(conversations) > MEASURED:
             conversations = random.Random(0).sample(conversations, MEASURED)

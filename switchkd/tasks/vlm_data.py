@@ -12,7 +12,7 @@ from transformers import LlavaProcessor
 from switchkd.config import Stage
 from switchkd.data import Conversation, ConversationDataset
 from switchkd.data.config import DataConfig
-from switchkd.data.sources import Source, load_source
+from switchkd.data.sources import ConversationSets, load_conversations
 from switchkd.tasks.vlm_config import Run
 
 
@@ -25,13 +25,13 @@ class StageData:
     def __init__(self, config: Run, stages: list[Stage], processor: LlavaProcessor):
         self.processor = processor
         self._sets: dict[DataConfig, ConversationDataset] = {}
-        self._sources: dict[DataConfig, Source] = {}
+        self._sources: dict[DataConfig, ConversationSets] = {}
         self._encoded: dict[DataConfig, list[dict[str, Any]]] = {}
         state = PartialState()
         for stage in stages:
             data = stage.data
             if data not in self._sets:
-                self._sources[data] = source = load_source(data)
+                self._sources[data] = source = load_conversations(data)
                 with state.main_process_first():
                     self._sets[data] = ConversationDataset(
                         source.train,

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from switchkd.data.encoding import ConversationDataset
+from switchkd.data.conversations.encoding import ConversationDataset
 
 logger = logging.getLogger(__name__)
 

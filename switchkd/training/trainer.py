@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from switchkd.data.encoding import Collator
+from switchkd.data.conversations.encoding import Collator
 from switchkd.methods.terms import Terms
 from switchkd.training import checkpoints
 from switchkd.training.arguments import check_arguments, deciding_arguments
@@ -43,7 +43,7 @@ class DistillTrainer(Trainer):
         each forward.
     args: see `training_arguments`. Checkpoints go to `args.output_dir`.
     processing_class: the student's processor, exported beside it.
-    data_collator: leaves `labels[:, 0] == -100`; by default `switchkd.data.encoding.Collator`.
+    data_collator: leaves `labels[:, 0] == -100`; by default `switchkd.data.conversations.encoding.Collator`.
     part_rates: learning rates by parameter name prefix ("student.model.vision_tower"); the longest prefix
         wins, the rest trains at `args.learning_rate`. The logged learning rate is the rest's.
     group_by_length: batches of samples of about one length (`switchkd.training.order`) instead of a plain shuffle.

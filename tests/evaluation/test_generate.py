@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig
 
-from switchkd.data.conversations import Conversation
-from switchkd.data.encoding import encode_prompt
+from switchkd.data.conversations.conversation import Conversation
+from switchkd.data.conversations.encoding import encode_prompt
 from switchkd.evaluation import Answer, generate_answers
 from switchkd.models.tiny import random_llava, tiny_processor
 

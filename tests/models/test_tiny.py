@@ -10,7 +10,7 @@ from safetensors import safe_open
 from transformers import SiglipVisionModel
 
 from switchkd.data import to_conversations
-from switchkd.data.conversations import join_turns
+from switchkd.data.conversations.turns import join_turns
 from switchkd.data.steel import CLASSES, render_steel
 from switchkd.evaluation import generate_answers, score_answers
 from switchkd.models import load_llava

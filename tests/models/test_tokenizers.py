@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, SiglipVisionModel
 
 from switchkd.data import Conversation, encode
-from switchkd.data.encoding import encode_prompt
+from switchkd.data.conversations.encoding import encode_prompt
 from switchkd.models import shared_vocab
 from switchkd.models.config import StudentConfig
 from switchkd.models.students import build_student

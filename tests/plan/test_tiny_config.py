@@ -9,7 +9,7 @@ import pytest
 import torch
 from measured import measured_peak
 
-from switchkd.data.encoding import Collator
+from switchkd.data.conversations.encoding import Collator
 from switchkd.models import freeze, load_llava, shared_vocab
 from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora

@@ -15,7 +15,7 @@ import torch
 from recipe_run import RECIPES, load_recipe, start_process, write_pair
 
 from switchkd.data import encode_prompt
-from switchkd.data.sources import load_source
+from switchkd.data.sources import load_conversations
 from switchkd.tasks import load_config, vlm
 
 pytestmark = pytest.mark.slow
@@ -93,7 +93,7 @@ def test_the_student_runs_without_the_package(tmp_path, monkeypatch):
     student, processor = trained["distil"]
     answers = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     said = {row["id"]: row["answer"] for row in answers if row["model"] == "Switch-KD"}
-    for number, question in enumerate(load_source(load_config(["--config", str(config)]).data).test[:2]):
+    for number, question in enumerate(load_conversations(load_config(["--config", str(config)]).data).test[:2]):
         inputs = encode_prompt(question.messages[:1], question.images, processor)
         with torch.no_grad():
             logits = student(inputs["input_ids"][None], inputs["pixel_values"]).logits

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from switchkd.data import ConversationDataset, encode, read_llava
-from switchkd.data.conversations import split_marks
-from switchkd.data.sample_llava import CAPTIONS, INSTRUCTIONS, PICTURE_FOLDERS, write_llava_sample
-from switchkd.data.summary import summarise
+from switchkd.data.conversations.records import split_marks
+from switchkd.data.conversations.sample_llava import CAPTIONS, INSTRUCTIONS, PICTURE_FOLDERS, write_llava_sample
+from switchkd.data.conversations.summary import summarise
 
 ROOTS = {CAPTIONS: lambda folder: folder / "images", INSTRUCTIONS: lambda folder: folder}
 

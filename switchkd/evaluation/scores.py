@@ -3,7 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from switchkd.data.conversations import Conversation, message_text
+from switchkd.data.conversations.conversation import Conversation, message_text
 from switchkd.evaluation.detection_qa import all_found, box_scores, parse_boxes, score_detections
 from switchkd.evaluation.generate import Answer, last_question
 
@@ -48,7 +48,7 @@ def score_answers(conversations: Sequence[Conversation], answers: Sequence[Answe
     return scores
 
 
-def answer_rows(conversations: Sequence[Conversation], answers: Sequence[Answer | str]) -> list[dict]:
+def judged_rows(conversations: Sequence[Conversation], answers: Sequence[Answer | str]) -> list[dict]:
     """A row for each question, as answers.jsonl keeps them: id, kind, question, reference, answer, correct.
 
     A located answer is correct where all its boxes, and all of the reference's, are found (`all_found`); its

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from switchkd.data.conversations import Conversation
-from switchkd.evaluation import Answer, answer_rows, score_answers, score_detections
+from switchkd.data.conversations.conversation import Conversation
+from switchkd.evaluation import Answer, judged_rows, score_answers, score_detections
 
 
 def located(*boxes) -> str:
@@ -60,12 +60,12 @@ def test_the_last_question_of_several_turns_is_judged():
     first, second = ask("0", "", "Any crack?", "yes"), ask("0", "", "Any rust?", "no")
     both = Conversation("0", first.messages + second.messages, ["p.png", "p.png"], "exists")
     assert score_answers([both], ["no"])["accuracy"] == {"exists": 1.0}
-    (row,) = answer_rows([both], ["yes"])
+    (row,) = judged_rows([both], ["yes"])
     assert (row["question"], row["reference"], row["correct"]) == ("Any rust?", "no", False)
 
 
-def test_answer_rows():
-    rows = answer_rows(CONVERSATIONS[:2], ["YES ", spoken(located(B, A), 0.25)])
+def test_judged_rows():
+    rows = judged_rows(CONVERSATIONS[:2], ["YES ", spoken(located(B, A), 0.25)])
     assert rows[0] == {
         "id": "0",
         "kind": "exists",
@@ -86,6 +86,6 @@ def test_questions_without_a_reference_are_errors():
     with pytest.raises(ValueError, match="conversation 'eight' has no user message"):
         score_answers([Conversation("eight", [], [], "exists")], ["yes"])
     with pytest.raises(ValueError, match="reference of conversation 'nine' is not a list of boxes"):
-        answer_rows([ask("nine", "locate", "Where?", "left")], ["[]"])
+        judged_rows([ask("nine", "locate", "Where?", "left")], ["[]"])
     with pytest.raises(ValueError, match="1 conversations but 0 answers"):
         score_answers(CONVERSATIONS[:1], [])

@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from switchkd.data.conversations import Conversation
+from switchkd.data.conversations.conversation import Conversation
+from switchkd.data.conversations.instruct import grid_to_box
 from switchkd.data.images import load_image
-from switchkd.data.instruct import grid_to_box
 from switchkd.evaluation.detection_qa import Box, parse_boxes
 from switchkd.evaluation.generate import Answer
 

@@ -5,7 +5,7 @@ from PIL import Image
 
 from switchkd.data import Conversation
 from switchkd.evaluation import Answer
-from switchkd.evaluation.pictures import ANSWER, REFERENCE, SIDE, draw_asked, draw_boxes, draw_located
+from switchkd.evaluation.drawing import ANSWER, REFERENCE, SIDE, draw_asked, draw_boxes, draw_located
 
 # What the sheet's layout is: margins of 6, a line of 30 above the pictures and below each.
 LEFT, TOP, ACROSS, DOWN = 6, 30, SIDE + 6, SIDE + 36

@@ -4,10 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 
 from switchkd.data import Conversation, check_conversations, join_turns, read_llava, read_messages
-from switchkd.data.images import ORIENTATION, TAIL_BYTES, UPRIGHT, check_image, load_image, orientation
+from switchkd.data.images import TAIL_BYTES, check_image, load_image
 
 
 def llava(*turns, **fields):
@@ -224,41 +224,6 @@ def test_a_picture_that_the_system_refuses_is_named(picture, monkeypatch):
     monkeypatch.setattr(Path, "is_file", refuse)
     with pytest.raises(ValueError, match=r"conversation 't': .*plate\.jpg: cannot be read as an image .*Permission"):
         check_conversations([talk("t", picture, "What?", "A plate.")])
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".png", ".tif"])
-@pytest.mark.parametrize("stated", [1, *UPRIGHT])
-def test_pictures_are_turned_upright_once(tmp_path, suffix, stated):
-    stored = Image.effect_noise((64, 48), 80).convert("RGB")
-    tags = Image.Exif()
-    tags[ORIENTATION] = stated
-    stored.save(tmp_path / f"a{suffix}", exif=tags)
-    assert orientation(tmp_path / f"a{suffix}") == stated
-    upright = load_image(tmp_path / f"a{suffix}")
-    with Image.open(tmp_path / f"a{suffix}") as opened:
-        assert upright.tobytes() == ImageOps.exif_transpose(opened).tobytes()
-    assert upright.size == ((48, 64) if stated >= 5 else (64, 48))
-    assert load_image(upright).tobytes() == upright.tobytes()
-
-
-def test_a_broken_orientation_does_not_spoil_a_picture(tmp_path):
-    stored = Image.effect_noise((8, 6), 80).convert("RGB")
-    stored.save(tmp_path / "a.png", exif=b"Exif\0\0no tags at all")
-    assert orientation(tmp_path / "a.png") == 1
-    assert load_image(tmp_path / "a.png").tobytes() == stored.tobytes()
-
-
-def test_load_image_gives_rgb_and_refuses_deep_pictures(tmp_path):
-    Image.new("L", (4, 3), 200).save(tmp_path / "grey.png")
-    grey = load_image(tmp_path / "grey.png")
-    assert (grey.mode, grey.size, grey.getpixel((0, 0))) == ("RGB", (4, 3), (200, 200, 200))
-    Image.new("I;16", (4, 3), 40000).save(tmp_path / "deep.png")
-    for read in (load_image, check_image):
-        with pytest.raises(ValueError, match=r"deep\.png: has more than 8 bits a channel"):
-            read(tmp_path / "deep.png")
-    (tmp_path / "text.jpg").write_text("no picture")
-    with pytest.raises(ValueError, match=r"text\.jpg: cannot be read as an image"):
-        load_image(tmp_path / "text.jpg")
 
 
 def test_join_turns(picture):

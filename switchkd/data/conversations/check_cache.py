@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 
 from switchkd.data.bad_samples import Faults
-from switchkd.data.conversations import Conversation
+from switchkd.data.conversations.conversation import Conversation
 
 logger = logging.getLogger(__name__)
 

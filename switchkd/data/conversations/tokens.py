@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 
-from switchkd.data.conversations import IMAGE_MARK, message_text
+from switchkd.data.conversations.conversation import IMAGE_MARK, message_text
 from switchkd.data.images import load_image
 
 IGNORE = -100  # the label of a position that no loss looks at, as in torch and transformers

@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from switchkd.data.conversations import Conversation, check_messages
-from switchkd.data.sample_check import check_samples
-from switchkd.data.tokens import IGNORE, answer_labels, answer_spans, cut, process, refuse_special_tokens, render
+from switchkd.data.conversations.conversation import Conversation, check_messages
+from switchkd.data.conversations.sample_check import check_samples
+from switchkd.data.conversations.tokens import (
+    IGNORE,
+    answer_labels,
+    answer_spans,
+    cut,
+    process,
+    refuse_special_tokens,
+    render,
+)
 
 
 def encode(conversation: Conversation, processor: Any, max_length: int | None = None) -> dict[str, Any]:

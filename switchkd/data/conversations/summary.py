@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from switchkd.data.encoding import ConversationDataset
+from switchkd.data.conversations.encoding import ConversationDataset
 
 
 def summarise(dataset: ConversationDataset) -> dict[str, Any]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from switchkd.data import Conversation, ConversationDataset, encode, parquet, read_messages
+from switchkd.data import Conversation, ConversationDataset, encode, read_messages
 from switchkd.data.config import DataConfig
+from switchkd.data.conversations import parquet
+from switchkd.data.conversations.parquet import ParquetImage
 from switchkd.data.images import check_image, load_image
-from switchkd.data.parquet import ParquetImage
-from switchkd.data.sources import load_source
+from switchkd.data.sources import load_conversations
 
 datasets = pytest.importorskip("datasets")
 pa = pytest.importorskip("pyarrow")
@@ -111,7 +112,7 @@ def test_a_folder_of_shards_is_read_in_order(tmp_path, monkeypatch):
     config = DataConfig(
         source="messages", root=str(tmp_path), train_split=str(tmp_path / "shards"), test_split=None, train_images=3
     )
-    assert len(load_source(config).train) == 3
+    assert len(load_conversations(config).train) == 3
     (tmp_path / "none").mkdir()
     with pytest.raises(FileNotFoundError, match=r"none: holds no \*\.parquet file"):
         read_messages(tmp_path / "none", tmp_path)

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 from PIL import Image
 
-from switchkd.data import DefectImage, box_to_grid, grid_to_box, instruct, to_conversations
+from switchkd.data import DefectImage, box_to_grid, grid_to_box, to_conversations
+from switchkd.data.conversations import instruct
 
 CLASSES = ["crazing", "pitted_surface", "rolled-in_scale"]
 

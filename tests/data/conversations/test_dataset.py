@@ -3,7 +3,7 @@ import torch
 from talks import STRICT, TURNS, talk, with_template
 
 from switchkd.data import Conversation, ConversationDataset, encode
-from switchkd.data.sample_check import SampleCheck
+from switchkd.data.conversations.sample_check import SampleCheck
 
 
 def test_the_share_of_what_the_template_refuses_is_skipped(processor, caplog):

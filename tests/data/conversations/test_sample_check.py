@@ -8,9 +8,10 @@ import pytest
 import torch
 from talks import TURNS, talk, with_template
 
-from switchkd.data import Conversation, ConversationDataset, sample_check
-from switchkd.data.check_cache import outcome_key
-from switchkd.data.sample_check import SampleCheck
+from switchkd.data import Conversation, ConversationDataset
+from switchkd.data.conversations import sample_check
+from switchkd.data.conversations.check_cache import outcome_key
+from switchkd.data.conversations.sample_check import SampleCheck
 from switchkd.models.tiny import tiny_processor
 
 

@@ -14,9 +14,18 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from switchkd.data.bad_samples import Faults, check_rate, logger
-from switchkd.data.check_cache import CheckOutcome, load_outcome, outcome_key, save_outcome
-from switchkd.data.conversations import Conversation, check_conversation
-from switchkd.data.tokens import IGNORE, answer_labels, answer_spans, check_marks, cut, process, refuse_slow, tokenize
+from switchkd.data.conversations.check_cache import CheckOutcome, load_outcome, outcome_key, save_outcome
+from switchkd.data.conversations.conversation import Conversation, check_conversation
+from switchkd.data.conversations.tokens import (
+    IGNORE,
+    answer_labels,
+    answer_spans,
+    check_marks,
+    cut,
+    process,
+    refuse_slow,
+    tokenize,
+)
 
 LARGE = 10_000  # conversations from which on a progress bar, and workers, are worth it
 AT_ONCE = 250

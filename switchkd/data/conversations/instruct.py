@@ -13,7 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
-from switchkd.data.conversations import Conversation
+from switchkd.data.conversations.conversation import Conversation
 from switchkd.data.defects import DefectImage
 
 KINDS = ("exists", "classify", "count", "locate")
