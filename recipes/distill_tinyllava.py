@@ -1,6 +1,6 @@
 """Switch-KD from data to table: teacher, undistilled student and Switch-KD student, judged on the same questions.
 
-    accelerate launch recipes/distill_tinyllava.py                                     the quickstart, offline, on a CPU
+    accelerate launch --config_file recipes/accelerate/cpu.yaml recipes/distill_tinyllava.py       the quickstart, on a CPU
     accelerate launch recipes/distill_tinyllava.py --config recipes/configs/neu_det.yaml --data.root DIR
     accelerate launch recipes/distill_tinyllava.py --config recipes/configs/tinyllava_3b_to_0.5b.yaml --tiny
     accelerate launch recipes/distill_tinyllava.py --name quickstart --resume           go on after an interruption

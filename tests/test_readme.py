@@ -52,6 +52,7 @@ def test_flags_exist():
         "resume": "true",
         "train.lr": "1e-3",
         "method.switch": "forward_kl",
+        "method.align": "jsd",
         "data.source": "llava",
         "train.batch_size": "16",
     }
