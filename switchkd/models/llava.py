@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoProcessor,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
@@ -18,6 +16,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from switchkd.models.load import load_processor, load_weights
 from switchkd.models.pictures import check_picture_size, square_pictures
 from switchkd.models.shapes import check_tower, llava_config, saved_config
 from switchkd.models.templates import IMAGE_TOKEN, add_image_token, end_tokens, image_template
@@ -30,19 +29,21 @@ PARTS = {
 
 
 def load_llava(
-    path: str | Path, dtype: torch.dtype = torch.float32
+    path: str | Path, dtype: torch.dtype = torch.float32, *, field: str | None = None, chat_template: str | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A LLaVA model and its processor from a folder or a Hub name; safetensors only, no remote code.
 
-    Raises FileNotFoundError for a folder without config.json and ValueError for a model of another class or
-    weights that cannot be read.
+    field: of the configuration that names the path, for messages. chat_template: in place of the saved one; the model
+    then stops at its end of turn too. Raises FileNotFoundError for what is not there and ValueError for a model of
+    another class, for weights that cannot be read or are not those of its config.json, and for a template without
+    images.
     """
-    saved_config(path)
-    try:
-        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} has weights that cannot be read ({error}): copy or download it again") from error
-    return model, AutoProcessor.from_pretrained(path)
+    saved_config(path, field)
+    model = load_weights(LlavaForConditionalGeneration, path, "LLaVA model", field, dtype=dtype)
+    processor = load_processor(path, field, chat_template=chat_template)
+    if chat_template:
+        _stop_at(model, end_tokens(model, processor.tokenizer, chat_template))
+    return model, processor
 
 
 def assemble_llava(
@@ -99,10 +100,13 @@ def assemble_llava(
     ):
         part.load_state_dict(given, assign=True)
     model.float()
-    ends = end_tokens(language_model, tokenizer, processor.chat_template)
+    _stop_at(model, end_tokens(language_model, tokenizer, processor.chat_template))
+    return model, processor
+
+
+def _stop_at(model: LlavaForConditionalGeneration, ends: list[int]) -> None:
     if ends:
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
-    return model, processor
 
 
 def make_processor(
