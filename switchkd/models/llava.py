@@ -64,7 +64,8 @@ def assemble_llava(
     The projector's start follows torch's seed. All weights are float32, and what is float32 already is shared with
     the two models given, not copied: use those no further. `generate` stops at the template's end of turn too.
     Raises ValueError for another vision tower, for pictures of another size than it reads, for a head with a bias that
-    is not zero (Phi-1.5, Phi-2: the stock class has no place for it), and where no template takes images.
+    is not zero (Phi-1.5, Phi-2: the stock class has no place for it), for language models that the stock class does not
+    take (GPT-2, OPT), and where no template takes images.
     """
     vision = vision_tower.config
     check_tower(vision, "the vision tower")
@@ -90,7 +91,13 @@ def assemble_llava(
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
     )
-    model = LlavaForConditionalGeneration(config)
+    try:
+        model = LlavaForConditionalGeneration(config)
+    except AttributeError as error:  # GPT-2, OPT, BERT, Mamba: their embeddings have no name that it knows
+        raise ValueError(
+            f"a language model of type {config.text_config.model_type!r} cannot stand in LlavaForConditionalGeneration "
+            f"({error}): take Qwen2.5, Qwen3, Llama, Phi-3 or StableLM"
+        ) from error
     # With keep_vars the parameters themselves change hands, so that tied ones stay tied. The model's own random ones
     # are made first all the same: on the meta device its rotary buffers would have no values.
     for part, given in (

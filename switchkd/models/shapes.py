@@ -112,10 +112,16 @@ def llava_config(
     is dropped and SigLIP, which has none, keeps all.
 
     The vocabulary grows where its rows do not hold `image_token_id`. Raises ValueError for a vision tower that is
-    neither SigLIP nor CLIP.
+    neither SigLIP nor CLIP, and for a layer that it does not have.
     """
     check_tower(vision, "the vision tower")
     vision, text = ({**part.to_dict(), "_name_or_path": ""} for part in (vision, text))  # where a part lay is nobody's
+    layers = vision["num_hidden_layers"]
+    if not -layers - 1 <= vision_feature_layer <= layers:
+        raise ValueError(
+            f"vision_feature_layer is {vision_feature_layer} and the vision tower has {layers} layers: give one of "
+            f"{-layers - 1} to {layers} (student.vision_feature_layer)"
+        )
     text["vocab_size"] = max(text["vocab_size"], image_token_id + 1)
     return LlavaConfig(
         vision_config=vision,
