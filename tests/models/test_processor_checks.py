@@ -72,11 +72,11 @@ def test_pairs_that_belong_together(pair, whose):
         ),
         (
             set_all(vision_feature_select_strategy="default"),
-            "processor writes 15 image tokens .* reads 16: .*vision_feature_select_strategy is default and must be full",
+            "processor writes 15 image tokens .* reads 16: .*select_strategy is default and must be full",
         ),
         (
             lambda model, processor: setattr(model.config, "vision_feature_select_strategy", "default"),
-            "processor writes 16 image tokens .* reads 15: .*vision_feature_select_strategy is full and must be default",
+            "processor writes 16 image tokens .* reads 15: .*select_strategy is full and must be default",
         ),
     ],
 )
