@@ -7,6 +7,7 @@ import pytest
 from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.config import StudentConfig, TeacherConfig
+from switchkd.rehearsal import _tiny_data
 
 VOC = MixtureConfig("voc", root="a", split="train")
 
@@ -68,11 +69,6 @@ VOC = MixtureConfig("voc", root="a", split="train")
             {"switch": None, "switch_options": {"k": 8}},
             "method.switch_options is .* but method.switch is",
         ),
-        (
-            SwitchKDConfig,
-            {"switch": None, "gradient_checkpointing": True},
-            "method.gradient_checkpointing is True but method.switch is null",
-        ),
         (SwitchKDConfig, {"feature_weight": 2.0}, "method.feature_weight is 2.0 but method.feature is null"),
         (
             SwitchKDConfig,
@@ -95,15 +91,26 @@ def test_refused(section, given, said):
         (TeacherConfig, {"path": "t", "chat_template": "t", "steps": 2, "lr": 1e-3}),
         (TeacherConfig, {"made_by": "t.yaml", "chat_template": "t"}),
         (DataConfig, {"kinds": ("exists",), "train_images": 2, "test_images": 2, "image_seed": 3}),
-        (DataConfig, {"test_split": None}),
+        (DataConfig, {"test_split": None, "test_images": 9}),  # judging turned off for once
         (DataConfig, {"source": "voc", "root": "r", "train_split": "a", "kinds": ("exists",), "first_pixel": 0}),
         (DataConfig, {"source": "llava", "root": "r", "mixture": (VOC,), "kinds": ("exists",), "first_pixel": 0}),
         (DataConfig, {"mixture": (VOC,), "first_pixel": 0}),
         (SwitchKDConfig, {"feature": "cosine", "feature_weight": 2.0, "switch": None, "switch_adapter": "linear"}),
         (SwitchKDConfig, {"align_weight": 0.0, "switch_options": {"temperature": 2.0}, "gradient_checkpointing": True}),
         (SwitchKDConfig, {"align": None, "switch": None, "align_weight": 1.0}),
+        (SwitchKDConfig, {"switch": None, "gradient_checkpointing": True}),  # what is learnt does not depend on it
     ],
 )
 def test_what_is_read_is_taken(section, given):
     config = section(**given)
     assert all(getattr(config, name) == value for name, value in given.items())
+
+
+def test_as_a_rehearsal_a_section_stays_whole(tmp_path):
+    """Rehearsing takes LLaVA data in place of a mixture's boxes."""
+    for source in ("llava", "messages", "steel"):
+        where = {} if source == "steel" else {"root": "r"}
+        data = DataConfig(source, **where, kinds=("exists",), mixture=(VOC,), first_pixel=0)
+        assert _tiny_data(data, tmp_path).mixture[0].source == "llava"
+    data = DataConfig("voc", "r", kinds=("exists",), first_pixel=0)
+    assert (_tiny_data(data, tmp_path).kinds, _tiny_data(data, tmp_path).first_pixel) == (("exists",), 0)

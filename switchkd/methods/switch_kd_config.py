@@ -48,7 +48,7 @@ class SwitchKDConfig:
         at_least("method", self, align_weight=0, switch_weight=0, feature_weight=0)
         of_terms = {
             "align": ("align_weight", "align_options"),
-            "switch": ("switch_weight", "switch_options", "gradient_checkpointing"),
+            "switch": ("switch_weight", "switch_options"),
             "feature": ("feature_weight",),
         }
         for term, names in of_terms.items():
