@@ -45,8 +45,8 @@ def image_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None
         whose = "chat_template" if chat_template else f"the chat template of {name}"
         found = f"{whose} does not write an image and its question as one {IMAGE_TOKEN} and the text"
     raise ValueError(
-        f"{found}: pass a chat_template (student.chat_template) that takes messages whose content is a list of "
-        '{"type": "image"} and {"type": "text", "text": ...}'
+        f"{found}: pass a chat_template (student.chat_template or teacher.chat_template) that takes messages whose "
+        'content is a list of {"type": "image"} and {"type": "text", "text": ...}'
     )
 
 

@@ -213,7 +213,7 @@ def remove(file):
         (write("model.safetensors", ""), r"cannot be read as a LLaVA model \(SafetensorError"),
         (remove("model.safetensors"), "no file named model.safetensors"),
         (halve("config.json"), "not a valid JSON file"),
-        (write("config.json", "[]"), r"cannot be read as a LLaVA model \(AttributeError"),
+        (write("config.json", "[]"), r"cannot be read as a LLaVA model \((AttributeError|TypeError)"),
         (write("config.json", "{}"), "holds a model of type None, not 'llava'"),
         (write("tokenizer.json", '{"model":'), "cannot be read as a processor .JSONDecodeError"),
         (remove("tokenizer.json"), "cannot be read as a processor .ValueError"),
