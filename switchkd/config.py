@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, get_type_hints
 
@@ -292,6 +292,16 @@ def at_least(section: str, config: Any, **least: float) -> None:
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise ValueError(f"{section}.{name} is {value}, it must be {smallest} or more")
+
+
+def refuse_unread(section: str, config: Any, names: Sequence[str], why: str) -> None:
+    """ValueError for the first of the fields `names` that is not at its default, because nothing reads it: `why` names
+    the field that says so, its value and the way out."""
+    for each in fields(config):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        value = getattr(config, each.name)
+        if each.name in names and value != default:
+            raise ValueError(f"{section}.{each.name} is {value} but {why}, or leave {each.name} out")
 
 
 def _plain(value: Any) -> Any:

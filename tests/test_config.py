@@ -164,8 +164,9 @@ def test_data_folder_is_given_set_or_missing(tmp_path, monkeypatch):
 
 
 def test_fields_that_decide_the_weights():
-    config = Run(name="a")
-    same = replace(config, name="b", out="elsewhere", resume=True, threads=1, data=DataConfig(root="moved"))
+    config = Run(name="a", data=DataConfig(source="voc", root="here"))
+    moved = replace(config.data, root="moved")
+    same = replace(config, name="b", out="elsewhere", resume=True, threads=1, data=moved)
     assert weight_fields(same) == weight_fields(config)
     other = replace(config, train=TrainConfig(lr=2e-3))
     changed = {name for name, value in weight_fields(other).items() if value != weight_fields(config)[name]}

@@ -45,7 +45,7 @@ from eval.ten_skills.words import (
     text_of,
     tokenizer,
 )
-from switchkd.data.conversations import Conversation
+from switchkd.data import Conversation
 from switchkd.data.steel import render_steel
 
 __all__ = [

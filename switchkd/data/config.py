@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from switchkd.config import filled_in
+from switchkd.config import filled_in, refuse_unread
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,18 @@ class DataConfig:
             raise ValueError(f"data.max_bad_rate is {self.max_bad_rate}, it must be 0 or more and below 1")
         if self.first_pixel not in (0, 1):
             raise ValueError(f"data.first_pixel is {self.first_pixel}, it must be 0 or 1")
+        sources = {self.source, *(each.source for each in self.mixture)}
+        if self.source == "steel":
+            why = "data.source is steel, which is rendered: set data.source to voc, llava or messages"
+            refuse_unread("data", self, ("root", "train_split"), why)
+            if self.test_split is not None:
+                refuse_unread("data", self, ("test_split",), why)
+        if "voc" not in sources:
+            why = f"data.source is {self.source}, whose boxes are no files of Pascal VOC: set data.source to voc"
+            refuse_unread("data", self, ("first_pixel",), why)
+        if not sources & {"voc", "steel"}:
+            why = f"data.source is {self.source}, which brings its own questions: set data.source to voc or steel"
+            refuse_unread("data", self, ("kinds",), why)
 
     def folder(self) -> Path:
         """`root` with its variables filled in; ValueError when it is not given or names an unset variable,

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.models import pathway
@@ -90,7 +90,13 @@ def _check_adapter(adapter: nn.Module, tokens: list[int], widths: list[int], rea
             f"switch_adapter is given but student and teacher both have {tokens[0]} visual tokens of width "
             f"{widths[0]}: there is nothing to adapt, drop it"
         )
-    parameter = next(adapter.parameters(), torch.empty(0))
+    parameters = list(adapter.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError(
+            f"switch_adapter is frozen, all {len(parameters)} parameters of it, and it trains along with the student's "
+            "vision tower: unfreeze it (requires_grad_)"
+        )
+    parameter = next(iter(parameters), torch.empty(0))
     training = adapter.training
     with torch.no_grad():
         probe = adapter.eval()(parameter.new_zeros(1, tokens[0], widths[0]))
@@ -99,6 +105,38 @@ def _check_adapter(adapter: nn.Module, tokens: list[int], widths: list[int], rea
         raise ValueError(
             f"switch_adapter makes {tuple(probe.shape)} of the student's features {(1, tokens[0], widths[0])}, and the "
             f"teacher's are {(1, tokens[1], widths[1])}: fit it to this pair (switchkd.models.adapter)"
+        )
+
+
+def check_apart(
+    student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, adapter: nn.Module | None
+) -> None:
+    """ValueError where the teacher holds parameters, or their memory, that the student or the adapter holds too: it is
+    frozen, and they would be with it, without a word."""
+    theirs = {key for parameter in teacher.parameters() for key in _memory(parameter)}
+    for whose, module in (("student", student), ("switch adapter", adapter)):
+        named = module.named_parameters() if module is not None else ()
+        shared = [name for name, parameter in named if not theirs.isdisjoint(_memory(parameter))]
+        if shared:
+            raise ValueError(
+                f"{whose} and teacher share {len(shared)} parameters, the first {shared[0]}, and the teacher is "
+                f"frozen, so that these would not train: give the {whose} its own (copy.deepcopy, or load them again)"
+            )
+
+
+def _memory(parameter: nn.Parameter) -> tuple[int, ...]:
+    """What tells that two are one: the parameter itself, and its storage where that is not empty, as under ZeRO-3."""
+    return (id(parameter), parameter.untyped_storage()._cdata) if parameter.numel() else (id(parameter),)
+
+
+def check_features_train(features: Tensor, readers: Sequence[str]) -> None:
+    """ValueError where `features`, what the terms `readers` read of the student in training, carry no gradient back to
+    its vision tower: they train that alone."""
+    if readers and not features.requires_grad:
+        name = " and ".join(readers)
+        raise ValueError(
+            f"the {name} term trains the student's vision tower, and no gradient reaches that: it has been frozen "
+            f"since the pair was made, or runs without gradients; unfreeze it (requires_grad_), or set {name} to None"
         )
 
 

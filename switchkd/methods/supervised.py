@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.losses.answers import answer_rows, answer_terms
+from switchkd.methods.batch_checks import check_batch
 from switchkd.methods.terms import Terms, chunking, over_answer_tokens
 from switchkd.models import pathway
 
@@ -32,11 +33,16 @@ class SupervisedMethod(nn.Module):
         labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Terms:
-        """input_ids, attention_mask, labels [batch, time]; pixel_values [images, 3, height, width] or None."""
-        if pixel_values is None:
+        """input_ids, attention_mask, labels [batch, time]; pixel_values [images, 3, height, width] or None.
+
+        Raises ValueError for a batch of other shapes, and for image tokens that are not those of the pictures.
+        """
+        check_batch(self.student, input_ids, attention_mask, pixel_values, labels)
+        blank = pixel_values is None
+        if blank:
             pixel_values = pathway.blank_pixels(self.student, like=input_ids)
         visual_tokens = pathway.project(self.student, pathway.encode(self.student, pixel_values))
-        hidden = pathway.decode(self.student, input_ids, attention_mask, visual_tokens)
+        hidden = pathway.decode(self.student, input_ids, attention_mask, visual_tokens, blank=blank)
         rows, targets = answer_rows(hidden, labels)
         head = self.student.lm_head
         sums = answer_terms(rows, head, targets, **chunking(targets, head))

@@ -26,7 +26,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from switchkd import losses
 from switchkd.losses.answers import answer_rows, answer_terms
 from switchkd.losses.named import divergence
-from switchkd.methods.pair_checks import check_encoders_move, check_features_meet, shared_rows
+from switchkd.methods.batch_checks import check_batch
+from switchkd.methods.pair_checks import (
+    check_apart,
+    check_encoders_move,
+    check_features_meet,
+    check_features_train,
+    shared_rows,
+)
 from switchkd.methods.terms import Terms, chunking, over_answer_tokens
 from switchkd.models import pathway
 from switchkd.models.image_tokens import images_per_sample, with_image_tokens
@@ -67,8 +74,9 @@ class SwitchKD(nn.Module):
     language model on the switch's path are the teacher's. Where one image is another number of visual tokens to the
     teacher, its passes read the same samples with as many image tokens as it needs. Raises ValueError where the pair
     cannot be switched: towers of other widths or another number of visual tokens without an adapter, an adapter where
-    both are equal, pictures of two sizes, more shared rows than there can be, or one and the same frozen encoder in
-    both, for which switch and feature term would be exactly zero.
+    both are equal, a frozen adapter, pictures of two sizes, more shared rows than there can be, parameters that student
+    and teacher share, which are frozen with the teacher, or one and the same frozen encoder in both, for which switch
+    and feature term would be exactly zero.
     """
 
     accepts_loss_kwargs = True
@@ -96,9 +104,10 @@ class SwitchKD(nn.Module):
         self.feature = _distance(feature)
         self.weights = {"ce": 1.0, "align": align_weight, "switch": switch_weight, "feature": feature_weight}
         self.shared_vocab = shared_rows(student, teacher, shared_vocab)
-        readers = [name for name in ("switch", "feature") if getattr(self, name) is not None]
-        check_features_meet(student, teacher, switch_adapter, readers, equal_widths=feature == "cosine")
-        check_encoders_move(student, teacher, readers)
+        self._readers = [name for name in ("switch", "feature") if getattr(self, name) is not None]
+        check_apart(student, teacher, switch_adapter)
+        check_features_meet(student, teacher, switch_adapter, self._readers, equal_widths=feature == "cosine")
+        check_encoders_move(student, teacher, self._readers)
         self.switch_adapter = switch_adapter
         self.student = student
         self.teacher = teacher.requires_grad_(False)
@@ -131,21 +140,30 @@ class SwitchKD(nn.Module):
 
         Named terms: "ce", and "align", "switch" and "feature" where they are on; each is a sum over answer positions
         divided by `num_items_in_batch`, the answer tokens of the whole optimizer step (without it, the batch's own).
+        Raises ValueError for a batch of other shapes, for image tokens that are not those of the pictures, and where
+        the student's vision tower has been frozen since the pair was made.
         """
         student, teacher = self.student, self.teacher
+        check_batch(student, input_ids, attention_mask, pixel_values, labels)
         image_token_id = student.config.image_token_id
-        if pixel_values is None:
+        blank = pixel_values is None
+        if blank:
             pixel_values = pathway.blank_pixels(student, like=input_ids)
         features = pathway.encode(student, pixel_values)
-        hidden = pathway.decode(student, input_ids, attention_mask, pathway.project(student, features))
+        hidden = pathway.decode(student, input_ids, attention_mask, pathway.project(student, features), blank=blank)
         student_rows, targets = answer_rows(hidden, labels)
 
         given, wanted = (pathway.visual_token_count(model) for model in (student, teacher))
         read = (input_ids, attention_mask, labels)  # by the teacher
         if given != wanted:
             read = with_image_tokens(*read, image_token_id, given=given, wanted=wanted)
+        learns = self.training and torch.is_grad_enabled()
+        if learns:
+            check_features_train(features, self._readers)
         if self.switch_adapter is not None:
             features = self.switch_adapter(features)
+            if learns:
+                check_features_train(features, self._readers)
 
         teacher_rows = switch_rows = None
         if self.align is not None or self.switch is not None or self.feature is not None:
@@ -153,9 +171,9 @@ class SwitchKD(nn.Module):
                 teacher_features = pathway.encode(teacher, pixel_values)
         if self.align is not None or self.switch is not None:
             with torch.no_grad():
-                teacher_rows = self._read_by_teacher(*read, teacher_features)
+                teacher_rows = self._read_by_teacher(*read, teacher_features, blank)
         if self.switch is not None:
-            switch_rows = self._read_by_teacher(*read, features)
+            switch_rows = self._read_by_teacher(*read, features, blank)
 
         sums = answer_terms(
             student_rows,
@@ -175,12 +193,14 @@ class SwitchKD(nn.Module):
         return over_answer_tokens(sums, self.weights, targets, num_items_in_batch)
 
     def _read_by_teacher(
-        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, features: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, features: Tensor, blank: bool
     ) -> Tensor:
         """[answer tokens, hidden size of the teacher]: its states at the answer positions, over these features."""
         visual_tokens = pathway.project(self.teacher, features)
         image_token_id = self.student.config.image_token_id
-        hidden = pathway.decode(self.teacher, input_ids, attention_mask, visual_tokens, image_token_id=image_token_id)
+        hidden = pathway.decode(
+            self.teacher, input_ids, attention_mask, visual_tokens, image_token_id=image_token_id, blank=blank
+        )
         return answer_rows(hidden, labels)[0]
 
     def _feature_sum(self, features: Tensor, teacher_features: Tensor, weights: Tensor) -> Tensor:

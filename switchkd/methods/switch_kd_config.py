@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from switchkd.config import at_least
+from switchkd.config import at_least, refuse_unread
 from switchkd.losses.named import check_divergence
 
 
@@ -46,6 +46,14 @@ class SwitchKDConfig:
                 except ValueError as error:
                     raise ValueError(f"method.{name}: {error}") from error
         at_least("method", self, align_weight=0, switch_weight=0, feature_weight=0)
+        of_terms = {
+            "align": ("align_weight", "align_options"),
+            "switch": ("switch_weight", "switch_options"),
+            "feature": ("feature_weight",),
+        }
+        for term, names in of_terms.items():
+            if getattr(self, term) is None:
+                refuse_unread("method", self, names, f"method.{term} is null, and nothing else reads it: set {term}")
         if self.switch_adapter and not self.switch and not self.feature:
             raise ValueError(
                 f"method.switch_adapter is {self.switch_adapter} but method.switch and method.feature are null, and no "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from switchkd.config import at_least
+from switchkd.config import at_least, refuse_unread
 
 Part = Literal["vision_tower", "projector", "language_model"]
 
@@ -30,6 +30,14 @@ class TeacherConfig:
         at_least("teacher", self, steps=0)
         if self.lr <= 0:
             raise ValueError(f"teacher.lr is {self.lr}, it must be above 0")
+        if not self.steps:
+            why = "teacher.steps is 0, so that the teacher is not trained: give teacher.steps"
+            refuse_unread("teacher", self, ("lr",), why)
+        if not (self.path or self.made_by):
+            why = (
+                "teacher.path is not given, and the package's teacher has its own: name the teacher that it belongs to"
+            )
+            refuse_unread("teacher", self, ("chat_template",), why)
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,8 @@ class StudentConfig:
     all are kept. Left out, as the teacher named by teacher.path does, and without one default for CLIP and full for
     SigLIP."""
     chat_template: str | None = None
-    """Chat template (Jinja) of an assembled student; left out, that of the teacher named by teacher.path, and without
-    one the language model's own, or ChatML."""
+    """Chat template (Jinja); left out, a whole student's own, and for an assembled one that of the teacher named by
+    teacher.path, or without one the language model's own, or ChatML."""
     image_processor: str | None = field(default=None, metadata={"path": "where it is there"})
     """Folder or Hub name whose picture settings (size, crop, mean) an assembled student takes; left out, those
     saved beside its vision tower, and where there are none a square of the tower's size."""
@@ -60,3 +68,7 @@ class StudentConfig:
         if self.path and (self.vision_tower or self.language_model):
             part = "vision_tower" if self.vision_tower else "language_model"
             raise ValueError(f"student.path is {self.path} and student.{part} is also given: keep one of them")
+        if self.path:
+            why = f"student.path is {self.path}, a whole student with its own: drop student.path to assemble one"
+            unread = ("vision_feature_layer", "vision_feature_select_strategy", "image_processor")
+            refuse_unread("student", self, unread, why)

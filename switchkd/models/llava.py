@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoProcessor,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedConfig,
@@ -18,6 +16,7 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from switchkd.models.load import load_processor, load_weights
 from switchkd.models.pictures import check_picture_size, square_pictures
 from switchkd.models.shapes import check_tower, llava_config, saved_config
 from switchkd.models.templates import IMAGE_TOKEN, add_image_token, end_tokens, image_template
@@ -30,19 +29,21 @@ PARTS = {
 
 
 def load_llava(
-    path: str | Path, dtype: torch.dtype = torch.float32
+    path: str | Path, dtype: torch.dtype = torch.float32, *, field: str | None = None, chat_template: str | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A LLaVA model and its processor from a folder or a Hub name; safetensors only, no remote code.
 
-    Raises FileNotFoundError for a folder without config.json and ValueError for a model of another class or
-    weights that cannot be read.
+    field: of the configuration that names the path, for messages. chat_template: in place of the saved one; the model
+    then stops at its end of turn too. Raises FileNotFoundError for what is not there and ValueError for a model of
+    another class, for weights that cannot be read or are not those of its config.json, and for a template without
+    images.
     """
-    saved_config(path)
-    try:
-        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} has weights that cannot be read ({error}): copy or download it again") from error
-    return model, AutoProcessor.from_pretrained(path)
+    saved_config(path, field)
+    model = load_weights(LlavaForConditionalGeneration, path, "LLaVA model", field, dtype=dtype)
+    processor = load_processor(path, field, chat_template=chat_template)
+    if chat_template:
+        _stop_at(model, end_tokens(model, processor.tokenizer, chat_template))
+    return model, processor
 
 
 def assemble_llava(
@@ -63,7 +64,8 @@ def assemble_llava(
     The projector's start follows torch's seed. All weights are float32, and what is float32 already is shared with
     the two models given, not copied: use those no further. `generate` stops at the template's end of turn too.
     Raises ValueError for another vision tower, for pictures of another size than it reads, for a head with a bias that
-    is not zero (Phi-1.5, Phi-2: the stock class has no place for it), and where no template takes images.
+    is not zero (Phi-1.5, Phi-2: the stock class has no place for it), for language models that the stock class does not
+    take (GPT-2, OPT), and where no template takes images.
     """
     vision = vision_tower.config
     check_tower(vision, "the vision tower")
@@ -89,7 +91,13 @@ def assemble_llava(
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
     )
-    model = LlavaForConditionalGeneration(config)
+    try:
+        model = LlavaForConditionalGeneration(config)
+    except AttributeError as error:  # GPT-2, OPT, BERT, Mamba: their embeddings have no name that it knows
+        raise ValueError(
+            f"a language model of type {config.text_config.model_type!r} cannot stand in LlavaForConditionalGeneration "
+            f"({error}): take Qwen2.5, Qwen3, Llama, Phi-3 or StableLM"
+        ) from error
     # With keep_vars the parameters themselves change hands, so that tied ones stay tied. The model's own random ones
     # are made first all the same: on the meta device its rotary buffers would have no values.
     for part, given in (
@@ -99,10 +107,13 @@ def assemble_llava(
     ):
         part.load_state_dict(given, assign=True)
     model.float()
-    ends = end_tokens(language_model, tokenizer, processor.chat_template)
+    _stop_at(model, end_tokens(language_model, tokenizer, processor.chat_template))
+    return model, processor
+
+
+def _stop_at(model: LlavaForConditionalGeneration, ends: list[int]) -> None:
     if ends:
         model.generation_config.eos_token_id = ends[0] if len(ends) == 1 else ends
-    return model, processor
 
 
 def make_processor(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoProcessor, LlavaProcessor, PreTrainedTokenizerBase
+from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
 from switchkd.models.config import StudentConfig, TeacherConfig
+from switchkd.models.load import load_processor
 from switchkd.models.pictures import image_settings
-from switchkd.models.templates import IMAGE_TOKEN, PROBE, render
+from switchkd.models.templates import IMAGE_TOKEN, PROBE, render, special_ids
 from switchkd.models.tiny import TEACHER
 
 
@@ -28,9 +29,7 @@ def shared_vocab(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: 
     )
     rows = max(student.keys() | teacher.keys()) + 1
     shared = next((row for row in range(rows) if student.get(row) != teacher.get(row)), rows)
-    special = {row for row, token in student_tokenizer.added_tokens_decoder.items() if token.special}
-    special.update(student_tokenizer.all_special_ids)
-    unread = special - _written(student_tokenizer)
+    unread = special_ids(student_tokenizer) - _written(student_tokenizer)
     for row in sorted(row for row in student if row >= shared):
         token = student[row]
         if token != IMAGE_TOKEN and row not in unread:
@@ -92,14 +91,13 @@ def teacher_processor(teacher: TeacherConfig, *, local_files_only: bool = False)
     if teacher.made_by and not Path(path).exists():
         return None
     try:
-        processor = AutoProcessor.from_pretrained(path, local_files_only=local_files_only)
-    except (OSError, ValueError):
+        return load_processor(
+            path, "teacher.path", chat_template=teacher.chat_template, local_files_only=local_files_only
+        )
+    except OSError:
         if local_files_only:
             return None
         raise
-    if teacher.chat_template:
-        processor.chat_template = processor.tokenizer.chat_template = teacher.chat_template
-    return processor
 
 
 def as_teacher_reads(student: StudentConfig, teacher: TeacherConfig, processor: LlavaProcessor | None) -> StudentConfig:

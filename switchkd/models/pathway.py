@@ -44,23 +44,22 @@ def decode(
     visual_tokens: Tensor,
     *,
     image_token_id: int | None = None,
+    blank: bool = False,
 ) -> Tensor:
     """Last hidden states of the language model, [batch, time, hidden size].
 
     `visual_tokens` [images, visual tokens, hidden size] take the places of the image tokens in `input_ids`
     [batch, time], in order. `image_token_id` marks them where another model's processor encoded the ids; None: the
     model's own. Ids there and under `attention_mask` 0 are not looked up, so they may lie past the model's rows. The
-    cache is off: positions are read all at once. Raises ValueError when the places and the visual tokens differ in
-    number.
+    cache is off: positions are read all at once. blank: the batch has no image, and `visual_tokens` are those of
+    `blank_pixels`, which take no place. Raises ValueError where the places of a sample are no whole images, or those of
+    the batch not as many as the visual tokens.
     """
-    places = input_ids == (model.config.image_token_id if image_token_id is None else image_token_id)
+    if image_token_id is None:
+        image_token_id = model.config.image_token_id
+    places = input_ids == image_token_id
     rows = visual_tokens.flatten(0, 1)
-    marked = int(places.sum())
-    if marked not in (0, rows.shape[0]):
-        raise ValueError(
-            f"input_ids hold {marked} image tokens but the images give {rows.shape[0]} visual tokens: encode the "
-            "samples with the student's own processor, and do not cut image tokens"
-        )
+    _check_places(places.sum(1).tolist(), visual_tokens.shape[:2], image_token_id, blank)
     # With no image in the batch nothing is scattered, yet the tower stays in the graph: under ZeRO-3 and DDP every
     # rank must run the same modules.
     unread = places if attention_mask is None else places | (attention_mask == 0)
@@ -69,6 +68,22 @@ def decode(
     return model.model.language_model(
         inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False
     ).last_hidden_state
+
+
+def _check_places(marked: list[int], visual_tokens: torch.Size, image_token_id: int, blank: bool) -> None:
+    images, tokens = visual_tokens
+    held = f"input_ids hold {sum(marked)} image tokens (id {image_token_id})"
+    way_out = "encode the samples with the student's own processor, and do not cut image tokens"
+    if blank:
+        if any(marked):
+            raise ValueError(f"{held} and there are no pixel_values: give the pictures of the batch")
+    elif sum(marked) != images * tokens:
+        raise ValueError(f"{held} but the {images} images give {images * tokens} visual tokens: {way_out}")
+    elif torn := [sample for sample, places in enumerate(marked) if places % tokens]:
+        raise ValueError(
+            f"sample {torn[0]} of the batch holds {marked[torn[0]]} image tokens (id {image_token_id}) and an image "
+            f"takes {tokens}: {way_out}"
+        )
 
 
 def head(model: LlavaForConditionalGeneration, hidden: Tensor) -> Tensor:

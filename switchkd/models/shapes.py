@@ -12,7 +12,6 @@ from pathlib import Path
 
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -24,6 +23,7 @@ from transformers import (
 
 from switchkd.config import read_section
 from switchkd.models.config import StudentConfig, TeacherConfig
+from switchkd.models.load import check_folder, load_tokenizer, named, reading
 from switchkd.models.templates import image_row
 from switchkd.models.tiny import STUDENT_SHAPE, TEACHER, VISION_TOWER, tiny_text_config, tiny_tokenizer
 
@@ -112,10 +112,16 @@ def llava_config(
     is dropped and SigLIP, which has none, keeps all.
 
     The vocabulary grows where its rows do not hold `image_token_id`. Raises ValueError for a vision tower that is
-    neither SigLIP nor CLIP.
+    neither SigLIP nor CLIP, and for a layer that it does not have.
     """
     check_tower(vision, "the vision tower")
     vision, text = ({**part.to_dict(), "_name_or_path": ""} for part in (vision, text))  # where a part lay is nobody's
+    layers = vision["num_hidden_layers"]
+    if not -layers - 1 <= vision_feature_layer <= layers:
+        raise ValueError(
+            f"vision_feature_layer is {vision_feature_layer} and the vision tower has {layers} layers: give one of "
+            f"{-layers - 1} to {layers} (student.vision_feature_layer)"
+        )
     text["vocab_size"] = max(text["vocab_size"], image_token_id + 1)
     return LlavaConfig(
         vision_config=vision,
@@ -160,33 +166,38 @@ TOKENS = {
 }
 
 
-def part_config(name: str) -> PreTrainedConfig:
+def part_config(name: str, field: str | None = None) -> PreTrainedConfig:
     """The configuration of a part: of a folder, else of `SHAPES`, else of the Hub. No remote code.
 
-    Of a whole SigLIP or CLIP model it is the vision tower's. Raises FileNotFoundError for a folder without config.json.
+    Of a whole SigLIP or CLIP model it is the vision tower's. field: of the configuration that names it, for messages.
+    Raises FileNotFoundError for a folder without config.json and otherwise as `reading`.
     """
-    check_folder(name, "model")
+    check_folder(name, "model", field)
     if name in SHAPES and not Path(name).is_dir():
         return copy.deepcopy(SHAPES[name])
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+    with reading(name, "model", field):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     return config.vision_config if config.model_type in ("siglip", "siglip2", "clip") else config
 
 
-def saved_config(path: str | Path) -> LlavaConfig:
+def saved_config(path: str | Path, field: str | None = None) -> LlavaConfig:
     """The configuration of a whole LLaVA model, from a folder, `SHAPES` or the Hub.
 
-    Raises FileNotFoundError for a folder without config.json and ValueError for a model of another class.
+    field: of the configuration that names it, for messages. Raises FileNotFoundError for a folder without config.json,
+    ValueError for a model of another class, and otherwise as `reading`.
     """
-    check_folder(path, "LLaVA model")
+    check_folder(path, "LLaVA model", field)
     known = SHAPES.get(str(path)) if not Path(path).is_dir() else None
-    kind = known.model_type if known else LlavaConfig.get_config_dict(path)[0].get("model_type")
+    with reading(path, "LLaVA model", field):
+        kind = known.model_type if known else LlavaConfig.get_config_dict(path)[0].get("model_type")
     if kind != "llava":
         raise ValueError(
-            f"{path} holds a model of type {kind!r}, not 'llava': students and teachers are "
+            f"{named(path, field)} holds a model of type {kind!r}, not 'llava': students and teachers are "
             "LlavaForConditionalGeneration; assemble one from a vision tower and a language model, or convert a "
             "TinyLLaVA checkpoint with switchkd convert"
         )
-    return copy.deepcopy(known) or LlavaConfig.from_pretrained(path)
+    with reading(path, "LLaVA model", field):
+        return copy.deepcopy(known) or LlavaConfig.from_pretrained(path)
 
 
 def student_config(config: StudentConfig) -> LlavaConfig:
@@ -196,22 +207,22 @@ def student_config(config: StudentConfig) -> LlavaConfig:
     as `part_config`, `saved_config` and `llava_config`.
     """
     if config.path:
-        return saved_config(config.path)
-    vision = part_config(config.vision_tower or str(VISION_TOWER))
+        return saved_config(config.path, "student.path")
+    vision = part_config(config.vision_tower or str(VISION_TOWER), "student.vision_tower")
     check_tower(vision, f"student.vision_tower {config.vision_tower}")
     name = config.language_model
     if name is None:
         tokenizer = tiny_tokenizer()
         text, image_token_id = tiny_text_config(tokenizer, **STUDENT_SHAPE), image_row(tokenizer)
     else:
-        text = part_config(name)
+        text = part_config(name, "student.language_model")
         folder = Path(name)
         if not folder.is_dir() and name in TOKENS:
             image_token_id = TOKENS[name]
         elif folder.is_dir() and not any((folder / file).is_file() for file in TOKENIZER_FILES):
             image_token_id = text.vocab_size
         else:
-            image_token_id = image_row(AutoTokenizer.from_pretrained(name))
+            image_token_id = image_row(load_tokenizer(name, "student.language_model"))
     return llava_config(
         vision,
         text,
@@ -226,7 +237,7 @@ def teacher_config(config: TeacherConfig) -> LlavaConfig:
     of what `config.made_by` makes. Raises as `saved_config` and `student_config`."""
     if config.made_by and not Path(config.path).exists():
         return student_config(read_section(config.made_by, "student", StudentConfig))
-    return saved_config(config.path or TEACHER)
+    return saved_config(config.path or TEACHER, "teacher.path")
 
 
 def feature_layer(config: StudentConfig) -> int:
@@ -246,12 +257,3 @@ def check_tower(vision: PreTrainedConfig, name: str) -> None:
         )
     if kind not in ("siglip_vision_model", "clip_vision_model"):
         raise ValueError(f"{name} is of type {kind!r}: known are siglip_vision_model and clip_vision_model")
-
-
-def check_folder(path: str | Path, what: str) -> None:
-    """FileNotFoundError where `path` is a folder without config.json, or looks like a path and is not there."""
-    folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: give the folder of a saved {what}, or a Hub name")
-    if not folder.is_dir() and (folder.is_absolute() or str(path).startswith(".")):
-        raise FileNotFoundError(f"{folder} does not exist: give the folder of a saved {what}, or a Hub name")

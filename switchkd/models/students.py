@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import (
     AutoModelForCausalLM,
-    AutoProcessor,
-    AutoTokenizer,
     CLIPVisionModel,
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -19,9 +16,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from switchkd.models.config import StudentConfig
 from switchkd.models.llava import assemble_llava, freeze, load_llava, make_processor
+from switchkd.models.load import load_processor, load_tokenizer, load_weights
 from switchkd.models.pictures import load_pictures, tower_pictures
 from switchkd.models.shapes import check_tower, feature_layer, part_config
 from switchkd.models.tiny import STUDENT_SHAPE, VISION_TOWER, tiny_text_config, tiny_tokenizer
+
+# Of a whole SigLIP or CLIP model: how the names begin of what is not its vision tower.
+BESIDE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 
 
 def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -31,12 +32,16 @@ def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration,
     seed: set it before. Raises ValueError where the parts do not fit together (`assemble_llava`).
     """
     if config.path:
-        model, processor = load_llava(config.path)
+        model, processor = load_llava(config.path, field="student.path", chat_template=config.chat_template)
     else:
         tokenizer = _tokenizer(config)
         if config.language_model:
-            language_model = AutoModelForCausalLM.from_pretrained(
-                config.language_model, dtype=torch.float32, use_safetensors=True
+            language_model = load_weights(
+                AutoModelForCausalLM,
+                config.language_model,
+                "language model",
+                "student.language_model",
+                trust_remote_code=False,
             )
         else:
             language_model = Qwen2ForCausalLM(tiny_text_config(tokenizer, **STUDENT_SHAPE))
@@ -59,9 +64,11 @@ def build_processor(config: StudentConfig, *, local_files_only: bool = False) ->
     local_files_only: nothing is asked of the Hub; OSError where a file is not on this disk.
     """
     if config.path:
-        return AutoProcessor.from_pretrained(config.path, local_files_only=local_files_only)
+        return load_processor(
+            config.path, "student.path", chat_template=config.chat_template, local_files_only=local_files_only
+        )
     return make_processor(
-        part_config(config.vision_tower or str(VISION_TOWER)),
+        part_config(config.vision_tower or str(VISION_TOWER), "student.vision_tower"),
         _tokenizer(config, local_files_only=local_files_only),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=config.chat_template,
@@ -70,9 +77,9 @@ def build_processor(config: StudentConfig, *, local_files_only: bool = False) ->
 
 
 def _tokenizer(config: StudentConfig, **options) -> PreTrainedTokenizerBase:
-    return (
-        AutoTokenizer.from_pretrained(config.language_model, **options) if config.language_model else tiny_tokenizer()
-    )
+    if not config.language_model:
+        return tiny_tokenizer()
+    return load_tokenizer(config.language_model, "student.language_model", **options)
 
 
 def _pictures(config: StudentConfig, **options) -> BaseImageProcessor | None:
@@ -85,9 +92,11 @@ def _pictures(config: StudentConfig, **options) -> BaseImageProcessor | None:
 def load_vision_tower(path: str) -> PreTrainedModel:
     """A SigLIP or CLIP vision tower from a folder or Hub name, of its own or inside a whole SigLIP or CLIP model.
 
-    Raises FileNotFoundError for a folder without config.json and ValueError for another type of model.
+    Raises FileNotFoundError for what is not there and ValueError for another type of model, and for weights that cannot
+    be read or are not those of its config.json.
     """
-    vision = part_config(path)
-    check_tower(vision, f"student.vision_tower {path}")
+    field = "student.vision_tower"
+    vision = part_config(path, field)
+    check_tower(vision, f"{field} {path}")
     tower = CLIPVisionModel if vision.model_type == "clip_vision_model" else SiglipVisionModel
-    return tower.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    return load_weights(tower, path, "vision tower", field, beside=BESIDE_TOWER)

@@ -45,8 +45,8 @@ def image_template(tokenizer: PreTrainedTokenizerBase, chat_template: str | None
         whose = "chat_template" if chat_template else f"the chat template of {name}"
         found = f"{whose} does not write an image and its question as one {IMAGE_TOKEN} and the text"
     raise ValueError(
-        f"{found}: pass a chat_template (student.chat_template) that takes messages whose content is a list of "
-        '{"type": "image"} and {"type": "text", "text": ...}'
+        f"{found}: pass a chat_template (student.chat_template or teacher.chat_template) that takes messages whose "
+        'content is a list of {"type": "image"} and {"type": "text", "text": ...}'
     )
 
 
@@ -78,9 +78,20 @@ def end_tokens(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """What ends an answer: the language model's and the tokenizer's end tokens, and the template's end of turn, which
     base models (Qwen2.5: eos <|endoftext|>, turns end in <|im_end|>) do not count among them."""
     own = language_model.generation_config.eos_token_id
-    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, turn_end(tokenizer, template)}
+    return sorted(ends - {None})
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
+    """The special token that the template writes after an answer; None where it writes none."""
     after = render(tokenizer, template, PROBE).rpartition(ANSWER)[2]
-    special = [
-        token for token in tokenizer(after, add_special_tokens=False)["input_ids"] if token in tokenizer.all_special_ids
-    ]
-    return sorted({*ends, *special[:1]} - {None})
+    special = special_ids(tokenizer)
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in special), None)
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The ids of the tokenizer's special tokens, those among its added tokens too that no role names (`<|end|>` of
+    Phi-3)."""
+    added = {row for row, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added.union(tokenizer.all_special_ids)

@@ -240,3 +240,31 @@ def test_a_frozen_narrow_tower_is_refused(narrow, teacher):
     freeze(narrow, ["vision_tower"])
     with pytest.raises(ValueError, match="switch term trains the student's vision tower alone, and that is frozen"):
         SwitchKD(narrow, teacher, switch_adapter=LinearAdapter.between(narrow, teacher))
+
+
+class Detached(LinearAdapter):
+    def forward(self, features):
+        return super().forward(features).detach()
+
+
+@pytest.mark.parametrize("terms", [{}, {"switch": None, "feature": "relation"}])
+def test_an_adapter_that_would_not_be_trained(narrow, teacher, batch, terms):
+    adapter = LinearAdapter.between(narrow, teacher).requires_grad_(False)
+    with pytest.raises(ValueError, match="switch_adapter is frozen, all 2 parameters of it, and it trains along"):
+        SwitchKD(narrow, teacher, switch_adapter=adapter, **terms)
+    adapter = LinearAdapter.between(narrow, teacher)
+    adapter.linear = nn.Linear(24, 32, bias=False)
+    adapter.linear.weight = nn.Parameter(teacher.model.multi_modal_projector.linear_1.weight.data[:, :24])
+    with pytest.raises(ValueError, match="switch adapter and teacher share 1 parameters, the first linear.weight, and"):
+        SwitchKD(narrow, teacher, switch_adapter=adapter, **terms)
+    method = SwitchKD(narrow, teacher, switch_adapter=Detached(24, 32, 16, 16), **terms).train()
+    with pytest.raises(ValueError, match="no gradient reaches that"):
+        method(**batch)
+
+
+def test_a_tower_behind_an_adapter_that_is_frozen_later(narrow, teacher, batch):
+    method = SwitchKD(narrow, teacher, switch_adapter=LinearAdapter.between(narrow, teacher)).train()
+    method(**batch)
+    freeze(narrow, ["vision_tower"])
+    with pytest.raises(ValueError, match="no gradient reaches that: it has been frozen since the pair was made"):
+        method(**batch)

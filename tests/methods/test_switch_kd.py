@@ -1,3 +1,4 @@
+import copy
 import logging
 
 import pytest
@@ -130,6 +131,88 @@ def test_a_frozen_encoder_of_its_own_is_refused(student, teacher):
     freeze(student, ["vision_tower"])
     with pytest.raises(ValueError, match="trains the student's vision tower alone, and that is frozen"):
         SwitchKD(student, teacher)
+
+
+def other_half(teacher):
+    """A tower of its own whose patches lie in the teacher's memory."""
+    tower = copy.deepcopy(teacher.model.vision_tower)
+    tower.embeddings.patch_embedding.weight.data = teacher.model.vision_tower.embeddings.patch_embedding.weight.data
+    return tower
+
+
+@pytest.mark.parametrize(
+    ("share", "said"),
+    [
+        (
+            lambda student, teacher: setattr(student.model, "vision_tower", teacher.model.vision_tower),
+            r"student and teacher share \d\d parameters, the first model.vision_tower.e.*: give the student its own",
+        ),
+        (
+            lambda student, teacher: setattr(student.model, "vision_tower", other_half(teacher)),
+            "student and teacher share 1 parameters, the first model.vision_tower.embeddings.patch_embedding.weight",
+        ),
+        (
+            lambda student, teacher: setattr(student.model.vision_tower, "encoder", teacher.model.vision_tower.encoder),
+            r"share \d\d parameters, the first model.vision_tower.encoder.layers.0",
+        ),
+    ],
+)
+@pytest.mark.parametrize("terms", [{}, {"switch": None}, {"align": None, "switch": None, "feature": "cosine"}])
+def test_what_the_teacher_shares_with_the_student_is_refused(student, teacher, share, said, terms):
+    share(student, teacher)
+    with pytest.raises(ValueError, match=said):
+        SwitchKD(student, teacher, **terms)
+    assert all(weight.requires_grad for weight in student.parameters())  # nothing was frozen on the way
+
+
+def test_other_parts_that_are_shared(tokenizer, student):
+    with pytest.raises(ValueError, match="student and teacher share .* the first model.vision_tower"):
+        SwitchKD(student, student)
+    teacher = random_llava(tokenizer, hidden=32, vision_hidden=32, vision_layers=2, image_size=32, patch_size=8)
+    projector, language_model = student.model.multi_modal_projector, student.model.language_model
+    student.model.multi_modal_projector = teacher.model.multi_modal_projector
+    with pytest.raises(ValueError, match="share 4 parameters, the first model.multi_modal_projector.linear_1.weight"):
+        SwitchKD(student, teacher)
+    student.model.multi_modal_projector = projector
+    student.model.language_model = teacher.model.language_model
+    with pytest.raises(ValueError, match="share .* the first model.language_model.embed_tokens.weight"):
+        SwitchKD(student, teacher)
+    student.model.language_model = language_model
+    SwitchKD(student, teacher)
+
+
+@pytest.mark.parametrize("terms", [{}, {"align": None}, {"switch": None, "feature": "relation"}])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        lambda student, teacher: student.model.vision_tower.requires_grad_(False),
+        lambda student, teacher: freeze(student, ["vision_tower"]),
+        lambda student, teacher: setattr(student.model, "vision_tower", teacher.model.vision_tower),
+        # all that an output depends on: the last norm stays trainable
+        lambda student, teacher: [
+            part.requires_grad_(False)
+            for part in (student.model.vision_tower.embeddings, student.model.vision_tower.encoder)
+        ],
+    ],
+)
+def test_a_tower_that_no_gradient_reaches_any_more(student, teacher, batch, terms, stop):
+    method = SwitchKD(student, teacher, **terms).train()
+    method(**batch)
+    stop(student, teacher)
+    name = "feature" if "feature" in terms and "switch" in terms else "switch"
+    with pytest.raises(
+        ValueError, match=f"the {name} term trains .* no gradient reaches that: it has been frozen since"
+    ):
+        method(**batch)
+    method.eval()(**batch)
+    with torch.no_grad():
+        method.train()(**batch)
+
+
+def test_without_switch_and_feature_the_tower_may_be_frozen_later(student, teacher, batch):
+    method = SwitchKD(student, teacher, switch=None).train()
+    freeze(student, ["vision_tower"])
+    method(**batch).loss.backward()
 
 
 def test_an_equal_encoder_is_known_in_the_teachers_lower_precision(student, teacher, caplog):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
     CLIPConfig,
     CLIPModel,
     CLIPTextConfig,
     CLIPVisionConfig,
+    GPT2Config,
+    OPTConfig,
     Qwen2ForCausalLM,
     Siglip2Config,
     SiglipConfig,
@@ -22,7 +25,7 @@ from transformers import (
 
 from switchkd.models import students
 from switchkd.models.config import StudentConfig
-from switchkd.models.students import build_student, load_vision_tower
+from switchkd.models.students import build_processor, build_student, load_vision_tower
 from switchkd.models.tiny import CHAT_TEMPLATE, STUDENT_SHAPE, tiny_text_config, tiny_tokenizer, tiny_vision_config
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -102,6 +105,50 @@ def test_a_whole_one_by_path(tmp_path, student, processor):
     model, loaded = build(path=str(tmp_path))
     assert same_weights(model, student)
     assert loaded.tokenizer.get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_a_whole_one_takes_another_template_and_stops_at_its_turns(tmp_path, student, processor):
+    student.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    other = CHAT_TEMPLATE.replace("<|im_end|>", "<|endoftext|>")
+    model, loaded = build(path=str(tmp_path), chat_template=other)
+    assert loaded.chat_template == loaded.tokenizer.chat_template == other
+    built = build_processor(StudentConfig(path=str(tmp_path), chat_template=other))
+    assert built.chat_template == built.tokenizer.chat_template == other
+    ends = processor.tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
+    assert model.generation_config.eos_token_id == ends
+    loaded.save_pretrained(tmp_path)
+    assert build(path=str(tmp_path))[1].chat_template == other
+    for build_it in (build_student, build_processor):
+        with pytest.raises(ValueError, match="chat_template does not write an image and its question"):
+            build_it(StudentConfig(path=str(tmp_path), chat_template="{{ messages[0]['role'] }}"))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=16, n_layer=1, n_head=2),
+        OPTConfig(hidden_size=16, ffn_dim=24, num_hidden_layers=1, num_attention_heads=2, word_embed_proj_dim=16),
+        BertConfig(**SHAPE, is_decoder=True),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_language_models_that_the_stock_class_does_not_take(tmp_path, tower, config):
+    tokenizer = tiny_tokenizer()
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    with pytest.raises(ValueError, match=f"a language model of type '{config.model_type}' cannot stand in Llava.*Qwen"):
+        build(language_model=str(tmp_path / "lm"))
+
+
+@pytest.mark.parametrize("layer", [3, -4, 99])
+def test_a_layer_that_the_tower_does_not_have(tower, layer):
+    said = f"vision_feature_layer is {layer} and the vision tower has 2 layers: give one of -3 to 2"
+    with pytest.raises(ValueError, match=said):
+        build(vision_feature_layer=layer)
+    for within in (-3, 2):
+        assert build(vision_feature_layer=within)[0].config.vision_feature_layer == within
 
 
 def test_half_precision_parts_give_a_float32_student(tmp_path, tower, language_model):

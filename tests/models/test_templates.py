@@ -132,7 +132,7 @@ def test_other_text_templates_ask_for_one(other):
     with pytest.raises(
         ValueError,
         match=r"the chat template of tokenizer 'text-lm' does not write an image and its question as one <image> and "
-        r"the text: pass a chat_template \(student\.chat_template\)",
+        r"the text: pass a chat_template \(student\.chat_template or teacher",
     ):
         assemble(other)
 
