@@ -15,7 +15,7 @@ __getattr__ = lazily(
     {
         "DistillTrainer": "trainer",
         "latest_checkpoint": "checkpoints",
-        "part_rates": "arguments",
+        "part_rates": "rates",
         "process_state": "processes",
         "training_arguments": "arguments",
     },

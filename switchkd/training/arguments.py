@@ -79,12 +79,6 @@ def training_arguments(
     return TrainingArguments(output_dir=str(output_dir), **{**settings, **overrides})
 
 
-def part_rates(config: TrainConfig) -> dict[str, float]:
-    """Learning rates of the parts that have their own: parameter name prefix -> rate."""
-    rates = {"vision_tower": config.encoder_lr, "multi_modal_projector": config.projector_lr}
-    return {f"student.model.{part}": rate for part, rate in rates.items() if rate is not None}
-
-
 def deciding_arguments(args: TrainingArguments) -> dict[str, Any]:
     """The arguments that decide the weights a run ends with, by name."""
     return {name: getattr(args, name) for name in DECIDING}

@@ -8,21 +8,18 @@ do not match that list is never taken for a checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from switchkd.data.encoding import ConversationDataset
 
 logger = logging.getLogger(__name__)
 
@@ -177,65 +174,6 @@ def latest_checkpoint(folder: str | os.PathLike) -> Path | None:
             return numbered[step]
         logger.warning("%s is passed over as a checkpoint: %s", numbered[step], reason)
     return None
-
-
-def refuse_other_run(checkpoint: Path, current: Mapping[str, Any]) -> None:
-    """Raise ValueError when `checkpoint` was written by a run with other values than `current`.
-
-    `current`: groups of values as `run.json` holds them, {"config": {...}, "arguments": {...}, ...}. The
-    first group that differs is reported with its keys and both values; one that only one of them has is not
-    compared.
-    """
-    saved, current = json.loads((checkpoint / RUN).read_text()), as_json(current)
-    for group in [group for group in current if group in saved]:
-        before, now = _flat(saved[group]), _flat(current[group])
-        different = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        if different:
-            values = [f"{key} was {before.get(key)!r} and is now {now.get(key)!r}" for key in different]
-            raise ValueError(
-                f"{checkpoint} was written by another run: {'; '.join(values)}. Resume with the saved value, "
-                "or start a new run under another name"
-            )
-
-
-def data_identity(dataset: Any) -> dict[str, dict[str, Any]]:
-    """What tells the samples of two runs apart, in the groups that `refuse_other_run` compares.
-
-    The number of samples for every data set; hashes of the sample ids, and of the messages of a
-    `ConversationDataset` or the token ids of a list of encoded samples. Images are not read.
-    """
-    identity: dict[str, dict[str, Any]] = {"data": {"samples": len(dataset)}}
-    if isinstance(dataset, ConversationDataset):
-        conversations = dataset.conversations
-        identity["data"]["hash of the sample ids"] = _hash(c.id.encode() for c in conversations)
-        texts = ([(m["role"], [i.get("text") for i in m["content"]]) for m in c.messages] for c in conversations)
-        identity["messages"] = {"hash of the messages": _hash(json.dumps(text).encode() for text in texts)}
-    elif isinstance(dataset, list) and all("sample_id" in sample and "input_ids" in sample for sample in dataset):
-        identity["data"]["hash of the sample ids"] = _hash(sample["sample_id"].encode() for sample in dataset)
-        tokens = (sample["input_ids"].numpy().tobytes() for sample in dataset)
-        identity["tokens"] = {"hash of the token ids": _hash(tokens)}
-    return identity
-
-
-def _hash(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:16]
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    flat = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}.{key}" if prefix else key)
-    return flat
-
-
-def as_json(value: Any) -> Any:
-    """`value` as it reads back from a JSON file: tuples become lists, paths and enums their text."""
-    return json.loads(json.dumps(value, default=str))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -28,8 +28,11 @@ from switchkd.data.encoding import Collator
 from switchkd.methods.terms import Terms
 from switchkd.training import checkpoints
 from switchkd.training.arguments import check_arguments, deciding_arguments
+from switchkd.training.contract import check_method
+from switchkd.training.identity import data_identity, refuse_other_run
 from switchkd.training.logs import StepLog, TermsBar
 from switchkd.training.order import LengthGrouped, sample_lengths
+from switchkd.training.rates import parameter_groups
 
 
 class DistillTrainer(Trainer):
@@ -70,7 +73,7 @@ class DistillTrainer(Trainer):
         log_fields: Mapping[str, Any] | None = None,
         **options: Any,
     ):
-        _check_method(method)
+        check_method(method)
         check_arguments(args)
         if data_collator is None:
             data_collator = Collator(processing_class.tokenizer.pad_token_id)
@@ -148,32 +151,10 @@ class DistillTrainer(Trainer):
         model = self.model if model is None else model
         if self.optimizer is None:
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer(self._parameter_groups(model), **options)
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = parameter_groups(model, decayed, self.part_rates, self.args)
+            self.optimizer = optimizer(groups, **options)
         return self.optimizer
-
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        decayed = set(self.get_decay_parameter_names(model))
-        # The rest comes first: Trainer logs the first group's rate.
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {("", True): [], ("", False): []}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                part = max((p for p in self.part_rates if f"{name}.".startswith(f"{p}.")), key=len, default="")
-                groups.setdefault((part, name in decayed), []).append(parameter)
-        for part in self.part_rates:
-            if (part, True) not in groups and (part, False) not in groups:
-                parts = sorted({".".join(n.split(".")[:3]) for n, p in model.named_parameters() if p.requires_grad})
-                raise ValueError(
-                    f"a learning rate is given for {part!r}, where nothing is trained; trained are {', '.join(parts)}"
-                )
-        return [
-            {
-                "params": parameters,
-                "lr": self.part_rates.get(part, self.args.learning_rate),
-                "weight_decay": self.args.weight_decay if decay else 0.0,
-            }
-            for (part, decay), parameters in groups.items()
-            if parameters
-        ]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if not self.group_by_length:
@@ -206,7 +187,7 @@ class DistillTrainer(Trainer):
         if checkpoint:
             if reason := checkpoints.flaw(checkpoint):
                 raise ValueError(f"{checkpoint} is not a whole checkpoint: {reason}; resume from another one")
-            checkpoints.refuse_other_run(checkpoint, self._run())
+            refuse_other_run(checkpoint, self._run())
             for name in () if self.is_deepspeed_enabled else ("optimizer.pt", "scheduler.pt"):
                 if not (checkpoint / name).is_file():  # Trainer would go on with a new one
                     raise ValueError(f"{checkpoint} has no {name}: resume from another one")
@@ -223,7 +204,7 @@ class DistillTrainer(Trainer):
     def _run(self) -> dict[str, Any]:
         """What decides the weights, as it is kept in a checkpoint and compared on resume."""
         if self._data_identity is None:
-            self._data_identity = checkpoints.data_identity(self.train_dataset)
+            self._data_identity = data_identity(self.train_dataset)
         return {
             "config": self.run_config,
             "arguments": {"distribution": self._distribution(), **deciding_arguments(self.args)},
@@ -337,14 +318,3 @@ class DistillTrainer(Trainer):
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._load_scaler(resume_from_checkpoint)
         return prepared
-
-
-def _check_method(method: nn.Module) -> None:
-    name = type(method).__name__
-    if getattr(method, "accepts_loss_kwargs", None) is not True:
-        raise ValueError(
-            f"{name}.accepts_loss_kwargs is not True: the loss would not be divided by the answer tokens of "
-            "the whole step; set it, and take num_items_in_batch in forward"
-        )
-    if not isinstance(getattr(method, "student", None), nn.Module):
-        raise ValueError(f"{name} has no student: set self.student to the model that is trained")
