@@ -27,7 +27,7 @@ from switchkd import losses
 from switchkd.losses.answers import answer_rows, answer_terms
 from switchkd.losses.named import divergence
 from switchkd.methods.pair_checks import check_encoders_move, check_features_meet, shared_rows
-from switchkd.methods.terms import Terms, chunking, over_answer_tokens
+from switchkd.methods.terms import Terms, answer_tokens, chunking, over_answer_tokens
 from switchkd.models import pathway
 from switchkd.models.image_tokens import images_per_sample, with_image_tokens
 from switchkd.models.llava import recompute_activations
@@ -71,7 +71,7 @@ class SwitchKD(nn.Module):
     both, for which switch and feature term would be exactly zero.
     """
 
-    accepts_loss_kwargs = True
+    frozen = ("teacher",)
 
     def __init__(
         self,
@@ -192,6 +192,10 @@ class SwitchKD(nn.Module):
             )
         # A batch without images has no weights; its blank one counts nothing, but stays in the graph.
         return values[: len(weights)].float() @ weights
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The answer tokens of a batch, which its loss is a mean over."""
+        return answer_tokens(batch["labels"])
 
     def progress(self, fraction: float) -> None:
         """Called by the trainer before each step with the run's fraction done, 0 to 1. Nothing here depends on it."""

@@ -1,6 +1,6 @@
 """Checkpoints of a run: what they hold, when one counts as whole, and which one a run goes on from.
 
-`checkpoint-STEP/` holds `method.safetensors` (the method's state without its frozen teacher), transformers'
+`checkpoint-STEP/` holds `method.safetensors` (the method's state without its frozen teachers), transformers'
 optimizer, scheduler and random states, `trainer_state.json`, `training_args.json`, `run.json` (what decides
 the weights) and `checkpoint.json`, written last: the step and every file with its size. A folder whose files
 do not match that list is never taken for a checkpoint.
@@ -27,18 +27,24 @@ STATE = "method.safetensors"
 RUN = "run.json"
 MANIFEST = "checkpoint.json"
 STAGING = ".incomplete"
-TEACHER = "teacher."
 
 
 def method_state(method: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers of `method` without its teacher's, by name; tied tensors once, under their first
-    name."""
+    """Parameters and buffers of `method` without its frozen teachers' (`method.frozen`), by name; tied tensors once,
+    under their first name."""
     state, seen = {}, set()
+    frozen = tuple(f"{name}." for name in method.frozen)
     for name, tensor in method.state_dict(keep_vars=True).items():
-        if not name.startswith(TEACHER) and id(tensor) not in seen:
+        if not name.startswith(frozen) and id(tensor) not in seen:
             seen.add(id(tensor))
             state[name] = tensor
     return state
+
+
+def drop_frozen(method: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    """As a hook of `method.state_dict()`: takes its frozen teachers out of `state`."""
+    for name in [name for name in state if name.startswith(tuple(f"{child}." for child in method.frozen))]:
+        del state[name]
 
 
 def gather(state: Mapping[str, Tensor], step: int, keep: bool = True) -> dict[str, Tensor]:

@@ -28,7 +28,7 @@ from switchkd.data.encoding import Collator
 from switchkd.methods.terms import Terms
 from switchkd.training import checkpoints
 from switchkd.training.arguments import check_arguments, deciding_arguments
-from switchkd.training.contract import check_method
+from switchkd.training.contract import check_method, check_terms
 from switchkd.training.identity import data_identity, refuse_other_run
 from switchkd.training.logs import StepLog, TermsBar
 from switchkd.training.order import LengthGrouped, sample_lengths
@@ -41,12 +41,12 @@ class DistillTrainer(Trainer):
     The method itself is what Accelerate wraps, so that the hooks of DDP and ZeRO fire on every path through
     student and teacher.
 
-    method: has `accepts_loss_kwargs = True`, divides its sums by `num_items_in_batch` (the answer tokens of
-        the whole optimizer step over ranks and micro-batches) and has `progress(fraction)`, called before
-        each forward.
+    method: see `switchkd.training.contract.check_method`. It divides its sums by `num_items_in_batch`, which is what
+        its `count` finds in the whole optimizer step over ranks and micro-batches, and its `progress` is called
+        before each forward. Its `frozen` teachers are in no optimizer and no checkpoint.
     args: see `training_arguments`. Checkpoints go to `args.output_dir`.
     processing_class: the student's processor, exported beside it.
-    data_collator: leaves `labels[:, 0] == -100`; by default `switchkd.data.encoding.Collator`.
+    data_collator: samples -> the batch that the method's forward takes.
     part_rates: learning rates by parameter name prefix ("student.model.vision_tower"); the longest prefix
         wins, the rest trains at `args.learning_rate`. The logged learning rate is the rest's.
     group_by_length: batches of samples of about one length (`switchkd.training.order`) instead of a plain shuffle.
@@ -112,24 +112,48 @@ class DistillTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         self.method.progress(self.state.global_step / self.state.max_steps)
         with self.compute_loss_context_manager():
-            loss, terms = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        terms.loss = loss
+            terms = model(**inputs, num_items_in_batch=num_items_in_batch)
+        if not self._term_steps:  # once between two logs: it waits for the device
+            check_terms(terms, self.method)
         self._term_steps.add(self.state.global_step)
         for name, value in terms.named.items():
             self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()
+        ranks = self.accelerator.num_processes
+        terms.loss = terms.loss * ranks
+        terms.weighted = {name: term * ranks for name, term in terms.weighted.items()}
         self.backward(terms)
-        return loss.detach()
+        return terms.loss.detach()
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """What `method.count` finds in the micro-batches of one optimizer step, over all ranks; at least 1."""
+        count = sum(torch.as_tensor(self.method.count(batch), device=device) for batch in batch_samples)
+        return self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum").clamp(min=1).float()
 
     def backward(self, terms: Terms) -> None:
         """Add this micro-batch's gradient to the parameters'. Override it to coordinate the terms' gradients.
 
-        `terms.loss` is divided by the answer tokens of the whole step and multiplied by the number of ranks,
-        whose gradients DDP and ZeRO average: call nothing else than `self.accelerator.backward` or
-        `torch.autograd.grad`.
+        `terms.loss` and each of `terms.weighted`, which sum to it, are divided by the items of the whole step and
+        multiplied by the number of ranks, whose gradients DDP and ZeRO average: what is added up here needs no more
+        scaling. `terms.named` is as the method returned it. Take apart what you like with `torch.autograd.grad`, but
+        hand the result to `add_gradient`: only a backward pass reaches the hooks of DDP and ZeRO.
         """
+        self._backward(terms.loss)
+
+    def add_gradient(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add `gradients`, by parameter, to the parameters' own as a backward pass of this micro-batch would."""
+        # The gradient of this sum is `gradients`; parameters without one get zeros, for which DDP waits.
+        self._backward(
+            sum(
+                (parameter * gradients.get(parameter, torch.zeros_like(parameter)).detach()).sum()
+                for parameter in self.method.parameters()
+                if parameter.requires_grad
+            )
+        )
+
+    def _backward(self, loss: Tensor) -> None:
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        # DeepSpeed would divide by the accumulation steps, which the count of answer tokens already holds.
-        self.accelerator.backward(terms.loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+        # DeepSpeed would divide by the accumulation steps, which the count of items already holds.
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with each term: summed over ranks, mean over the steps since the last log."""
@@ -302,8 +326,10 @@ class DistillTrainer(Trainer):
             return
         from accelerate.utils import DeepSpeedSchedulerWrapper  # there only where deepspeed is installed
 
-        # Trainer leaves frozen parameters, the teacher, out for PEFT models only.
+        # Trainer leaves frozen parameters out for PEFT models only; the option leaves the teachers' buffers in.
+        hook = self.method.register_state_dict_post_hook(checkpoints.drop_frozen)
         self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
+        hook.remove()
         if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 

@@ -64,7 +64,7 @@ def toy_llava(hidden: int = 16, dropout: float = 0.1) -> LlavaForConditionalGene
 class ToyMethod(nn.Module):
     """Cross entropy and KL to a frozen teacher, with a module and a buffer of its own."""
 
-    accepts_loss_kwargs = True
+    frozen = ("teacher",)
 
     def __init__(self, dropout: float = 0.1):
         super().__init__()
@@ -77,6 +77,9 @@ class ToyMethod(nn.Module):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def count(self, batch) -> torch.Tensor:
+        return (batch["labels"][:, 1:] != -100).sum()
 
     def progress(self, fraction: float) -> None:
         self.fraction.fill_(fraction)
@@ -92,7 +95,7 @@ class ToyMethod(nn.Module):
         ce = F.cross_entropy(student, targets[answer], reduction="sum") / count
         student = F.log_softmax(student / self.temperature(student.new_ones(1)).exp(), -1)
         align = F.kl_div(student, F.log_softmax(teacher, -1), reduction="sum", log_target=True) / count
-        return Terms(loss=ce + 0.5 * align, named={"ce": ce.detach(), "align": align.detach()})
+        return Terms.of({"ce": ce, "align": align}, {"ce": 1.0, "align": 0.5})
 
 
 class ToyData(torch.utils.data.Dataset):
