@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from switchkd.data.conversations import Conversation, check_messages
 from switchkd.data.sample_check import check_samples
 from switchkd.data.tokens import IGNORE, answer_labels, answer_spans, cut, process, refuse_special_tokens, render
+from switchkd.digest import digest
 
 
 def encode(conversation: Conversation, processor: Any, max_length: int | None = None) -> dict[str, Any]:
@@ -93,6 +95,16 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.conversations)
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What tells these samples from others when a run is resumed: their number, hashes of their ids and of their
+        messages. Images are not read."""
+        texts = ([(m["role"], [i.get("text") for i in m["content"]]) for m in c.messages] for c in self.conversations)
+        ids = digest(each.id.encode() for each in self.conversations)
+        return {
+            "data": {"samples": len(self), "hash of the sample ids": ids},
+            "messages": {"hash of the messages": digest(json.dumps(text).encode() for text in texts)},
+        }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:

@@ -54,6 +54,7 @@ def training_arguments(
     settings = {
         "max_steps": config.steps,
         "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.scheduler,

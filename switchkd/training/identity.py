@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from switchkd.data.encoding import ConversationDataset
+from switchkd.digest import digest
 from switchkd.training.checkpoints import RUN
 
 
@@ -34,27 +33,18 @@ def refuse_other_run(checkpoint: Path, current: Mapping[str, Any]) -> None:
 def data_identity(dataset: Any) -> dict[str, dict[str, Any]]:
     """What tells the samples of two runs apart, in the groups that `refuse_other_run` compares.
 
-    The number of samples for every data set; hashes of the sample ids, and of the messages of a
-    `ConversationDataset` or the token ids of a list of encoded samples. Images are not read.
+    What `dataset.identity()` says, where it has that method; else the number of samples, and of a list of encoded
+    ones hashes of their `sample_id` and `input_ids`, where they have them.
     """
+    if hasattr(dataset, "identity"):
+        return dataset.identity()
     identity: dict[str, dict[str, Any]] = {"data": {"samples": len(dataset)}}
-    if isinstance(dataset, ConversationDataset):
-        conversations = dataset.conversations
-        identity["data"]["hash of the sample ids"] = _hash(c.id.encode() for c in conversations)
-        texts = ([(m["role"], [i.get("text") for i in m["content"]]) for m in c.messages] for c in conversations)
-        identity["messages"] = {"hash of the messages": _hash(json.dumps(text).encode() for text in texts)}
-    elif isinstance(dataset, list) and all("sample_id" in sample and "input_ids" in sample for sample in dataset):
-        identity["data"]["hash of the sample ids"] = _hash(sample["sample_id"].encode() for sample in dataset)
+    if isinstance(dataset, list) and all("sample_id" in sample for sample in dataset):
+        identity["data"]["hash of the sample ids"] = digest(str(sample["sample_id"]).encode() for sample in dataset)
+    if isinstance(dataset, list) and all("input_ids" in sample for sample in dataset):
         tokens = (sample["input_ids"].numpy().tobytes() for sample in dataset)
-        identity["tokens"] = {"hash of the token ids": _hash(tokens)}
+        identity["tokens"] = {"hash of the token ids": digest(tokens)}
     return identity
-
-
-def _hash(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()[:16]
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
     ProcessorMixin,
@@ -22,17 +22,20 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
-from switchkd.data.encoding import Collator
 from switchkd.methods.terms import Terms
 from switchkd.training import checkpoints
 from switchkd.training.arguments import check_arguments, deciding_arguments
 from switchkd.training.contract import check_method, check_terms
+from switchkd.training.evaluation import evaluation_loader, mean_terms
 from switchkd.training.identity import data_identity, refuse_other_run
 from switchkd.training.logs import StepLog, TermsBar
 from switchkd.training.order import LengthGrouped, sample_lengths
 from switchkd.training.rates import parameter_groups
+
+# Trainer's own, for a model whose outputs are predictions.
+UNUSED = ("compute_loss_func", "compute_metrics", "model_init", "preprocess_logits_for_metrics")
 
 
 class DistillTrainer(Trainer):
@@ -65,7 +68,7 @@ class DistillTrainer(Trainer):
         eval_dataset: Dataset | None = None,
         processing_class: ProcessorMixin | None = None,
         *,
-        data_collator: Callable[[list], dict[str, Tensor]] | None = None,
+        data_collator: Callable[[list], dict[str, Tensor]],
         part_rates: Mapping[str, float] | None = None,
         group_by_length: bool = False,
         run_config: Mapping[str, Any] | None = None,
@@ -75,8 +78,8 @@ class DistillTrainer(Trainer):
     ):
         check_method(method)
         check_arguments(args)
-        if data_collator is None:
-            data_collator = Collator(processing_class.tokenizer.pad_token_id)
+        if unused := sorted(name for name in UNUSED if options.get(name) is not None):
+            raise ValueError(f"DistillTrainer does nothing with {', '.join(unused)}: leave it out")
         super().__init__(
             model=method,
             args=args,
@@ -186,6 +189,53 @@ class DistillTrainer(Trainer):
         arguments = self.args
         together = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
         return LengthGrouped(sample_lengths(self.train_dataset), together, arguments.seed)
+
+    # ---- Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """This rank's samples of `eval_dataset` (by default, or by name, of the trainer's), none of them twice."""
+        if eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        elif isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        if eval_dataset is None or len(eval_dataset) == 0:
+            raise ValueError("there is no sample to evaluate on: give DistillTrainer an eval_dataset")
+        return evaluation_loader(eval_dataset, self.data_collator, self.args)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As `get_eval_dataloader`, for `predict`, which gives the same terms under other names."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """`eval_loss` and `eval_NAME` of each term: sums over all samples over the count of all, whatever the batch
+        size and the number of ranks. It leaves torch's random state as it was, so that training goes on the same."""
+        model = self._evaluated_model().eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+        self.callback_handler.eval_dataloader = dataloader
+
+        def each() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            means = mean_terms(model, dataloader, self.method.count, self._prepare_inputs, self.accelerator, each)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def _evaluated_model(self) -> nn.Module:
+        if self.accelerator._models:  # `train` prepared it; no gradient is wanted, so no hook of DDP either
+            return self.model
+        if self.is_deepspeed_enabled:
+            raise ValueError("under DeepSpeed the model is evaluated while or after it trains: call train first")
+        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     # ---- Checkpoints
 

@@ -174,6 +174,16 @@ def test_two_ddp_ranks_with_accumulation_resume_exactly(tmp_path):
     assert "world_size was 2 and is now 1" in shown
 
 
+@pytest.mark.parametrize("settings", [{}, pytest.param({"zero": 2}, marks=needs_deepspeed)])
+def test_two_ranks_measure_what_one_process_does(tmp_path, settings):
+    run = {**FOUR, "evaluate": 7, "steps": 1, "checkpoint_every": 0}
+    start({**run, "out": tmp_path / "one", "batch_size": 4})
+    start({**run, "out": tmp_path / "two", "batch_size": 2, **settings}, TORCHRUN)
+    one, two = (json.loads((tmp_path / name / "world.json").read_text())["measured"][0] for name in ("one", "two"))
+    for name in ("eval_loss", "eval_ce", "eval_align"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
+
+
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_equals_one_process_and_resumes_exactly(tmp_path, one_process, stage):

@@ -144,7 +144,7 @@ def toy_trainer(out, *, samples=12, callbacks=(), trainer=DistillTrainer, dropou
     method = ToyMethod(dropout)
     config = {"steps": 6, "batch_size": 2, "checkpoint_every": 2, "logging_steps": 1, "lr": 1e-2}
     config |= {name: settings.pop(name) for name in list(settings) if name in TrainConfig.__dataclass_fields__}
-    names = ("part_rates", "run_config", "processing_class", "log_file", "log_fields")
+    names = ("part_rates", "run_config", "processing_class", "log_file", "log_fields", "eval_dataset")
     to_trainer = {name: settings.pop(name) for name in names if name in settings}
     to_trainer["group_by_length"] = config.get("group_by_length", False)
     args = training_arguments(TrainConfig(**config), out, **{"disable_tqdm": True, **settings})
@@ -225,15 +225,19 @@ def main(settings: dict) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         DistillTrainer._save_optimizer_and_scheduler = die
+    if evaluated := settings.pop("evaluate", None):
+        settings["eval_dataset"] = ToyData(evaluated)
     ranks = state.num_processes
+    measured = []
     for folder in [out, *(out / str(stage) for stage in range(2, stages + 1))]:
         trainer = toy_trainer(folder, **settings)
         assert trainer.is_deepspeed_enabled == expect_zero
         assert trainer.args.world_size == ranks == state.num_processes
         trainer.train(resume_from_checkpoint=resume)
         trainer.export_student(folder / "student")
+        measured.append(trainer.evaluate() if evaluated else {})
     if state.is_main_process:
-        (out / "world.json").write_text(json.dumps({"ranks": ranks}))
+        (out / "world.json").write_text(json.dumps({"ranks": ranks, "measured": measured}))
     PartialState().destroy_process_group()  # threads of gloo that outlive the interpreter can abort it
 
 
