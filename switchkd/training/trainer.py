@@ -25,12 +25,13 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
 
 from switchkd.methods.terms import Terms
-from switchkd.training import checkpoints
+from switchkd.training import checkpoints, zero
 from switchkd.training.arguments import check_arguments, deciding_arguments
 from switchkd.training.contract import check_method, check_terms
 from switchkd.training.evaluation import evaluation_loader, mean_terms
+from switchkd.training.export import export_student
 from switchkd.training.identity import data_identity, refuse_other_run
-from switchkd.training.logs import StepLog, TermsBar
+from switchkd.training.logs import StepLog, TermsBar, TermSums
 from switchkd.training.order import LengthGrouped, sample_lengths
 from switchkd.training.rates import parameter_groups
 
@@ -98,8 +99,7 @@ class DistillTrainer(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(TermsBar)
         self.remove_callback(PrinterCallback)  # what it prints is in the log file
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_steps: set[int] = set()
+        self._terms = TermSums()
         self._staging = False
         self._data_identity: dict[str, dict[str, Any]] | None = None
 
@@ -116,11 +116,9 @@ class DistillTrainer(Trainer):
         self.method.progress(self.state.global_step / self.state.max_steps)
         with self.compute_loss_context_manager():
             terms = model(**inputs, num_items_in_batch=num_items_in_batch)
-        if not self._term_steps:  # once between two logs: it waits for the device
+        if self._terms.empty:  # once between two logs: it waits for the device
             check_terms(terms, self.method)
-        self._term_steps.add(self.state.global_step)
-        for name, value in terms.named.items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()
+        self._terms.add(terms.named, self.state.global_step)
         ranks = self.accelerator.num_processes
         terms.loss = terms.loss * ranks
         terms.weighted = {name: term * ranks for name, term in terms.weighted.items()}
@@ -160,12 +158,9 @@ class DistillTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with each term: summed over ranks, mean over the steps since the last log."""
-        if "loss" in logs and self._term_steps:
-            names = sorted(self._term_sums)
-            sums = torch.stack([self._term_sums[name] for name in names])
-            means = self.accelerator.reduce(sums, reduction="sum") / len(self._term_steps)
-            logs |= dict(zip(names, means.tolist(), strict=True))
-            self._term_sums, self._term_steps = {}, set()
+        if "loss" in logs and not self._terms.empty:
+            logs |= self._terms.means(self.accelerator)
+            self._terms = TermSums()
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise ValueError(
@@ -267,7 +262,7 @@ class DistillTrainer(Trainer):
                     raise ValueError(f"{checkpoint} has no {name}: resume from another one")
         if self.is_world_process_zero():
             self.step_log.start(checkpoints.step_of(checkpoint) if checkpoint else 0)
-        self._term_sums, self._term_steps = {}, set()
+        self._terms = TermSums()
         if checkpoint and checkpoints.step_of(checkpoint) >= self.args.max_steps > 0:
             # Trainer would train one step more.
             checkpoints.load_state(self.method, checkpoint)
@@ -315,23 +310,8 @@ class DistillTrainer(Trainer):
         it again: `from_pretrained` would shard it and wait for the others. Raises ValueError when a weight is not
         finite, OSError when it cannot be written; `folder` is then as it was before.
         """
-        folder = Path(folder)
-        staged = folder.with_name(f".{folder.name}{checkpoints.STAGING}")
-        state = checkpoints.method_state(self.method)
-        state = {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
-        state = checkpoints.gather(state, self.state.global_step, keep=self.args.should_save)
-        if self.args.should_save:
-            shutil.rmtree(staged, ignore_errors=True)
-            try:
-                self.method.student.save_pretrained(staged, state_dict=state)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(staged)
-                checkpoints.put_in_place(staged, folder)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                kept = folder if folder.exists() else None
-                failure = checkpoints.disk_error(error, "the student", folder.parent, kept)
-                shutil.rmtree(staged, ignore_errors=True)
-                raise failure from error
+        write = self.args.should_save
+        export_student(self.method, self.processing_class, Path(folder), self.state.global_step, write)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -374,23 +354,15 @@ class DistillTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        from accelerate.utils import DeepSpeedSchedulerWrapper  # there only where deepspeed is installed
-
-        # Trainer leaves frozen parameters out for PEFT models only; the option leaves the teachers' buffers in.
-        hook = self.method.register_state_dict_post_hook(checkpoints.drop_frozen)
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        hook.remove()
-        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+        zero.save_engine(self.model_wrapped, self.method, output_dir)
+        if self.args.should_save and not zero.owns(self.lr_scheduler):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
         if not (self.is_deepspeed_enabled and resume_from_checkpoint):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # The engine's file lacks the frozen parameters (start values), so Trainer's strict load would refuse.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        path, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-        if path is None:  # DeepSpeed only warns, and would train on from the start weights
-            raise ValueError(f"{resume_from_checkpoint} holds no state of DeepSpeed: resume from another one")
+        zero.load_engine(self.model_wrapped, resume_from_checkpoint)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._load_scaler(resume_from_checkpoint)
         return prepared
