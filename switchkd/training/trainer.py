@@ -22,7 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from switchkd.methods.terms import Terms
 from switchkd.training import checkpoints, zero
@@ -254,8 +254,8 @@ class DistillTrainer(Trainer):
         else:
             checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if checkpoint:
-            if reason := checkpoints.flaw(checkpoint):
-                raise ValueError(f"{checkpoint} is not a whole checkpoint: {reason}; resume from another one")
+            if checkpoint != found:  # which was read to find it
+                self._refuse_torn(checkpoint)
             refuse_other_run(checkpoint, self._run())
             for name in () if self.is_deepspeed_enabled else ("optimizer.pt", "scheduler.pt"):
                 if not (checkpoint / name).is_file():  # Trainer would go on with a new one
@@ -269,6 +269,12 @@ class DistillTrainer(Trainer):
             self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return TrainOutput(self.state.global_step, math.nan, {})
         return super().train(str(checkpoint) if checkpoint else None, **options)
+
+    def _refuse_torn(self, checkpoint: Path) -> None:
+        """ValueError on every rank where the first one finds that `checkpoint` is not whole."""
+        reason = checkpoints.flaw(checkpoint) if self.is_world_process_zero() else None
+        if reason := broadcast_object_list([reason])[0]:
+            raise ValueError(f"{checkpoint} is not a whole checkpoint: {reason}; resume from another one")
 
     def _run(self) -> dict[str, Any]:
         """What decides the weights, as it is kept in a checkpoint and compared on resume."""
@@ -336,7 +342,7 @@ class DistillTrainer(Trainer):
                 checkpoints.seal(staged, step)
                 checkpoints.put_in_place(staged, folder / staged.name)
                 staging.rmdir()
-                rotate_checkpoints(str(folder), self.args.save_total_limit)
+                checkpoints.rotate(folder, self.args.save_total_limit)
         except (OSError, RuntimeError, SafetensorError) as error:
             kept = checkpoints.latest_checkpoint(folder)
             failure = checkpoints.disk_error(error, f"checkpoint-{step}", folder, kept)
