@@ -31,6 +31,7 @@ from switchkd.training.contract import check_method, check_terms
 from switchkd.training.evaluation import evaluation_loader, mean_terms
 from switchkd.training.export import export_student
 from switchkd.training.identity import data_identity, refuse_other_run
+from switchkd.training.interrupt import Interrupted, StopAtSignal
 from switchkd.training.logs import StepLog, TermsBar, TermSums
 from switchkd.training.order import LengthGrouped, sample_lengths
 from switchkd.training.rates import parameter_groups
@@ -99,6 +100,8 @@ class DistillTrainer(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(TermsBar)
         self.remove_callback(PrinterCallback)  # what it prints is in the log file
+        self._stop = StopAtSignal()
+        self.add_callback(self._stop)
         self._terms = TermSums()
         self._staging = False
         self._data_identity: dict[str, dict[str, Any]] | None = None
@@ -240,11 +243,11 @@ class DistillTrainer(Trainer):
         resume_from_checkpoint: a checkpoint's folder; True takes the newest whole one of `args.output_dir`,
         or starts where there is none. The weights end bit for bit as those of the uninterrupted run. Raises
         ValueError when the checkpoint is torn or another run's, and when a fresh start would mix with an
-        earlier run's checkpoints.
+        earlier run's checkpoints; `Interrupted` when Ctrl-C or SIGTERM ended it, naming the checkpoint it left.
         """
         found = checkpoints.latest_checkpoint(self.args.output_dir) if self.is_world_process_zero() else None
         found = broadcast_object_list([found])[0]  # ranks that looked for themselves could disagree
-        if not resume_from_checkpoint and found and self.args.save_strategy != "no":
+        if not resume_from_checkpoint and found:
             raise ValueError(
                 f"{self.args.output_dir} holds {found.name} of an earlier run: resume it "
                 "(resume_from_checkpoint=True), remove it, or give this run another folder"
@@ -268,7 +271,13 @@ class DistillTrainer(Trainer):
             checkpoints.load_state(self.method, checkpoint)
             self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return TrainOutput(self.state.global_step, math.nan, {})
-        return super().train(str(checkpoint) if checkpoint else None, **options)
+        try:
+            with self._stop:
+                return super().train(str(checkpoint) if checkpoint else None, **options)
+        except Interrupted:
+            self.is_in_train = False
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars and reports are closed
+            raise
 
     def _refuse_torn(self, checkpoint: Path) -> None:
         """ValueError on every rank where the first one finds that `checkpoint` is not whole."""

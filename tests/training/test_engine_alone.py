@@ -9,7 +9,7 @@ from pathlib import Path
 import switchkd.training
 
 FOLDER = Path(switchkd.training.__file__).parent
-MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("__init__", "stages"))
+MODULES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 
 
 def test_training_imports_neither_models_nor_data():

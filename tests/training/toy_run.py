@@ -29,7 +29,7 @@ from transformers import (
 
 from switchkd.config import TrainConfig
 from switchkd.methods.terms import Terms
-from switchkd.training import DistillTrainer, process_state, training_arguments
+from switchkd.training import DistillTrainer, Interrupted, process_state, training_arguments
 
 IMAGE_TOKEN, VOCAB = 3, 40
 
@@ -197,6 +197,18 @@ class KillAfter(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SignalAfter(TrainerCallback):
+    """A signal to this process, or to all of its group, while it takes the step after `step`."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT, *, group: bool = False, times: int = 1):
+        self.step, self.number, self.group, self.times = step, number, group, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for _ in range(self.times):
+                (os.killpg if self.group else os.kill)(os.getpgrp() if self.group else os.getpid(), self.number)
+
+
 def main(settings: dict) -> None:
     out, resume = Path(settings.pop("out")), settings.pop("resume", False)
     stages = settings.pop("stages", 1)
@@ -216,6 +228,10 @@ def main(settings: dict) -> None:
         }
     if kill := settings.pop("kill_after", None):
         settings["callbacks"] = [KillAfter(kill)]
+    if stop := settings.pop("signal_after", None):
+        step, rank = stop
+        if rank in (state.process_index, "group"):
+            settings["callbacks"] = [SignalAfter(step, group=rank == "group")]
     if kill := settings.pop("kill_in_save", None):
         saved = DistillTrainer._save_optimizer_and_scheduler
 
@@ -233,7 +249,11 @@ def main(settings: dict) -> None:
         trainer = toy_trainer(folder, **settings)
         assert trainer.is_deepspeed_enabled == expect_zero
         assert trainer.args.world_size == ranks == state.num_processes
-        trainer.train(resume_from_checkpoint=resume)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except Interrupted as stop:
+            (out / f"interrupted-{state.process_index}").write_text(str(stop.step))
+            break
         trainer.export_student(folder / "student")
         measured.append(trainer.evaluate() if evaluated else {})
     if state.is_main_process:
