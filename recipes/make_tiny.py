@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 
 from switchkd import SupervisedMethod
 from switchkd.config import TrainConfig
-from switchkd.data import ConversationDataset, DefectImage, join_turns, to_conversations
+from switchkd.data import Collator, ConversationDataset, DefectImage, join_turns, to_conversations
 from switchkd.data.steel import CLASSES, render_steel
 from switchkd.evaluation import generate_answers, score_answers
 from switchkd.models import freeze, load_llava
@@ -208,6 +208,7 @@ def train_teacher(
             training_arguments(settings, folder, seed=options.seed),
             train_dataset=samples,
             processing_class=processor,
+            data_collator=Collator(processor.tokenizer.pad_token_id),
             part_rates=part_rates(settings),
         )
         trainer.train()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from switchkd.models.towers import TOWERS
 
 from switchkd import SwitchKD
 from switchkd.configs import find
@@ -19,7 +20,6 @@ from switchkd.data.layouts.read import LAYOUTS
 from switchkd.models import assemble_llava, freeze
 from switchkd.models.pathway import pathway_of
 from switchkd.models.tiny import random_llava, tiny_text_config, tiny_tokenizer
-from switchkd.models.towers import TOWERS
 from switchkd.tasks import load_config
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()

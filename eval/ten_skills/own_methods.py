@@ -94,8 +94,12 @@ class LlavaKD(SwitchKD):
             "relation": (1 - F.cosine_similarity(_alike(logits), _alike(teacher_logits), dim=-1)).mean(),
         }
         added = {name: term for name, term in added.items() if self.visual_weights[name]}
-        loss = terms.loss + sum(self.visual_weights[name] * term for name, term in added.items())
-        return Terms(loss=loss, named=terms.named | {name: term.detach() for name, term in added.items()})
+        added = Terms.of(added, self.visual_weights)
+        return Terms(
+            loss=terms.loss + added.loss,
+            named=terms.named | added.named,
+            weighted=terms.weighted | added.weighted,
+        )
 
 
 def _logits(model: LlavaForConditionalGeneration, tokens: Tensor, pixel_values: Tensor) -> Tensor:

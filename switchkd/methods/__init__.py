@@ -1,4 +1,4 @@
-"""A method is one nn.Module that holds its student and its frozen teacher; forward(batch) -> Terms."""
+"""A method is one nn.Module that holds its student and its frozen teachers; forward(batch) -> Terms."""
 
 from switchkd.lazy import lazily
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.losses.answers import answer_rows, answer_terms
 from switchkd.methods.batch_checks import check_batch
-from switchkd.methods.terms import Terms, chunking, over_answer_tokens
+from switchkd.methods.terms import Terms, answer_tokens, chunking, over_answer_tokens
 from switchkd.models import pathway
 
 
@@ -19,7 +21,7 @@ class SupervisedMethod(nn.Module):
     by the batch's own.
     """
 
-    accepts_loss_kwargs = True
+    frozen = ()
 
     def __init__(self, student: LlavaForConditionalGeneration):
         super().__init__()
@@ -47,6 +49,10 @@ class SupervisedMethod(nn.Module):
         head = self.student.lm_head
         sums = answer_terms(rows, head, targets, **chunking(targets, head))
         return over_answer_tokens(sums, {"ce": 1.0}, targets, num_items_in_batch)
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The answer tokens of a batch, which its loss is a mean over."""
+        return answer_tokens(batch["labels"])
 
     def progress(self, fraction: float) -> None:
         """Called by the trainer before each step with the run's fraction done, 0 to 1. Nothing here depends on it."""

@@ -34,7 +34,7 @@ from switchkd.methods.pair_checks import (
     check_features_train,
     shared_rows,
 )
-from switchkd.methods.terms import Terms, chunking, over_answer_tokens
+from switchkd.methods.terms import Terms, answer_tokens, chunking, over_answer_tokens
 from switchkd.models import pathway
 from switchkd.models.image_tokens import images_per_sample, with_image_tokens
 from switchkd.models.llava import recompute_activations
@@ -79,7 +79,7 @@ class SwitchKD(nn.Module):
     and feature term would be exactly zero.
     """
 
-    accepts_loss_kwargs = True
+    frozen = ("teacher",)
 
     def __init__(
         self,
@@ -212,6 +212,10 @@ class SwitchKD(nn.Module):
             )
         # A batch without images has no weights; its blank one counts nothing, but stays in the graph.
         return values[: len(weights)].float() @ weights
+
+    def count(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The answer tokens of a batch, which its loss is a mean over."""
+        return answer_tokens(batch["labels"])
 
     def progress(self, fraction: float) -> None:
         """Called by the trainer before each step with the run's fraction done, 0 to 1. Nothing here depends on it."""

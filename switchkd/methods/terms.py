@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +17,35 @@ CHUNK_LOGITS = 1 << 27
 
 @dataclass
 class Terms(ModelOutput):
-    """`loss`: 0-d, the weighted sum with its graph. `named`: each term by name, 0-d, detached, before its weight."""
+    """The terms of a loss by name, each 0-d; `Terms.of` makes them.
+
+    loss: the sum of `weighted`, with its graph. named: the terms before their weights, detached. weighted: the same
+    terms after their weights, with their graph.
+    """
 
     loss: Tensor | None = None
     named: dict[str, Tensor] | None = None
+    weighted: dict[str, Tensor] | None = None
+
+    @classmethod
+    def of(cls, terms: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Terms:
+        """The sum of `terms`, each times its weight; without `weights` each counts once."""
+        weighted = {name: term if weights is None else weights[name] * term for name, term in terms.items()}
+        return cls(
+            loss=sum(weighted.values()),
+            named={name: term.detach() for name, term in terms.items()},
+            weighted=weighted,
+        )
+
+
+def answer_tokens(labels: Tensor) -> Tensor:
+    """Answer tokens of `labels` [batch, time], 0-d: those that a shift by one leaves, labels != -100."""
+    return (labels[:, 1:] != -100).sum()
 
 
 def over_answer_tokens(
     sums: dict[str, Tensor],
-    weights: dict[str, float],
+    weights: Mapping[str, float],
     targets: Tensor,
     num_items_in_batch: Tensor | int | None,
 ) -> Terms:
@@ -34,9 +55,7 @@ def over_answer_tokens(
     is the divisor where `num_items_in_batch` is None (at least 1, so that a batch without answers gives 0).
     """
     count = max(targets.numel(), 1) if num_items_in_batch is None else num_items_in_batch
-    means = {name: total / count for name, total in sums.items()}
-    loss = sum(weights[name] * mean for name, mean in means.items())
-    return Terms(loss=loss, named={name: mean.detach() for name, mean in means.items()})
+    return Terms.of({name: total / count for name, total in sums.items()}, weights)
 
 
 def chunking(targets: Tensor, *heads: nn.Linear) -> dict[str, int]:

@@ -4,6 +4,7 @@ from switchkd.lazy import lazily
 
 __all__ = [
     "DistillTrainer",
+    "Interrupted",
     "latest_checkpoint",
     "part_rates",
     "process_state",
@@ -14,8 +15,9 @@ __getattr__ = lazily(
     __name__,
     {
         "DistillTrainer": "trainer",
+        "Interrupted": "interrupt",
         "latest_checkpoint": "checkpoints",
-        "part_rates": "arguments",
+        "part_rates": "rates",
         "process_state": "processes",
         "training_arguments": "arguments",
     },

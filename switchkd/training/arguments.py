@@ -54,6 +54,7 @@ def training_arguments(
     settings = {
         "max_steps": config.steps,
         "per_device_train_batch_size": config.batch_size,
+        "per_device_eval_batch_size": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
         "learning_rate": config.lr,
         "lr_scheduler_type": config.scheduler,
@@ -77,12 +78,6 @@ def training_arguments(
         "seed": seed,
     }
     return TrainingArguments(output_dir=str(output_dir), **{**settings, **overrides})
-
-
-def part_rates(config: TrainConfig) -> dict[str, float]:
-    """Learning rates of the parts that have their own: parameter name prefix -> rate."""
-    rates = {"vision_tower": config.encoder_lr, "multi_modal_projector": config.projector_lr}
-    return {f"student.model.{part}": rate for part, rate in rates.items() if rate is not None}
 
 
 def deciding_arguments(args: TrainingArguments) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: the progress bar and `log.jsonl`."""
+"""What a run shows and writes while it trains: its terms, the progress bar and `log.jsonl`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,37 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import Accelerator
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
+
+
+class TermSums:
+    """Terms of micro-batches added up between two logs."""
+
+    def __init__(self):
+        self._sums: dict[str, Tensor] = {}
+        self._steps: set[int] = set()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was added yet."""
+        return not self._steps
+
+    def add(self, named: Mapping[str, Tensor], step: int) -> None:
+        """Add one micro-batch of optimizer step `step`."""
+        self._steps.add(step)
+        for name, value in named.items():
+            self._sums[name] = self._sums.get(name, 0) + value.detach()
+
+    def means(self, accelerator: Accelerator) -> dict[str, float]:
+        """Each term summed over the ranks, mean over the steps that were added; all ranks call this."""
+        names = sorted(self._sums)
+        sums = torch.stack([self._sums[name] for name in names])
+        means = accelerator.reduce(sums, reduction="sum") / len(self._steps)
+        return dict(zip(names, means.tolist(), strict=True))
 
 
 class TermsBar(ProgressCallback):

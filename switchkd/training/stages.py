@@ -14,9 +14,10 @@ from accelerate.utils import broadcast_object_list
 
 from switchkd.config import Stage, weight_fields
 from switchkd.runs import RunFolder, Stopped
-from switchkd.training.arguments import part_rates, training_arguments
+from switchkd.training.arguments import training_arguments
 from switchkd.training.memory import keep_freed_memory
 from switchkd.training.processes import process_state
+from switchkd.training.rates import part_rates
 from switchkd.training.trainer import DistillTrainer
 
 

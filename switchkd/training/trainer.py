@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import DistributedType, broadcast_object_list
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
     ProcessorMixin,
@@ -22,14 +22,22 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from switchkd.data.conversations.encoding import Collator
 from switchkd.methods.terms import Terms
-from switchkd.training import checkpoints
+from switchkd.training import checkpoints, zero
 from switchkd.training.arguments import check_arguments, deciding_arguments
-from switchkd.training.logs import StepLog, TermsBar
+from switchkd.training.contract import check_method, check_terms
+from switchkd.training.evaluation import evaluation_loader, mean_terms
+from switchkd.training.export import export_student
+from switchkd.training.identity import data_identity, refuse_other_run
+from switchkd.training.interrupt import Interrupted, StopAtSignal
+from switchkd.training.logs import StepLog, TermsBar, TermSums
 from switchkd.training.order import LengthGrouped, sample_lengths
+from switchkd.training.rates import parameter_groups
+
+# Trainer's own, for a model whose outputs are predictions.
+UNUSED = ("compute_loss_func", "compute_metrics", "model_init", "preprocess_logits_for_metrics")
 
 
 class DistillTrainer(Trainer):
@@ -38,12 +46,12 @@ class DistillTrainer(Trainer):
     The method itself is what Accelerate wraps, so that the hooks of DDP and ZeRO fire on every path through
     student and teacher.
 
-    method: has `accepts_loss_kwargs = True`, divides its sums by `num_items_in_batch` (the answer tokens of
-        the whole optimizer step over ranks and micro-batches) and has `progress(fraction)`, called before
-        each forward.
+    method: see `switchkd.training.contract.check_method`. It divides its sums by `num_items_in_batch`, which is what
+        its `count` finds in the whole optimizer step over ranks and micro-batches, and its `progress` is called
+        before each forward. Its `frozen` teachers are in no optimizer and no checkpoint.
     args: see `training_arguments`. Checkpoints go to `args.output_dir`.
     processing_class: the student's processor, exported beside it.
-    data_collator: leaves `labels[:, 0] == -100`; by default `switchkd.data.conversations.encoding.Collator`.
+    data_collator: samples -> the batch that the method's forward takes.
     part_rates: learning rates by parameter name prefix ("student.model.vision_tower"); the longest prefix
         wins, the rest trains at `args.learning_rate`. The logged learning rate is the rest's.
     group_by_length: batches of samples of about one length (`switchkd.training.order`) instead of a plain shuffle.
@@ -62,7 +70,7 @@ class DistillTrainer(Trainer):
         eval_dataset: Dataset | None = None,
         processing_class: ProcessorMixin | None = None,
         *,
-        data_collator: Callable[[list], dict[str, Tensor]] | None = None,
+        data_collator: Callable[[list], dict[str, Tensor]],
         part_rates: Mapping[str, float] | None = None,
         group_by_length: bool = False,
         run_config: Mapping[str, Any] | None = None,
@@ -70,10 +78,10 @@ class DistillTrainer(Trainer):
         log_fields: Mapping[str, Any] | None = None,
         **options: Any,
     ):
-        _check_method(method)
+        check_method(method)
         check_arguments(args)
-        if data_collator is None:
-            data_collator = Collator(processing_class.tokenizer.pad_token_id)
+        if unused := sorted(name for name in UNUSED if options.get(name) is not None):
+            raise ValueError(f"DistillTrainer does nothing with {', '.join(unused)}: leave it out")
         super().__init__(
             model=method,
             args=args,
@@ -92,8 +100,9 @@ class DistillTrainer(Trainer):
         if self.pop_callback(ProgressCallback):
             self.add_callback(TermsBar)
         self.remove_callback(PrinterCallback)  # what it prints is in the log file
-        self._term_sums: dict[str, Tensor] = {}
-        self._term_steps: set[int] = set()
+        self._stop = StopAtSignal()
+        self.add_callback(self._stop)
+        self._terms = TermSums()
         self._staging = False
         self._data_identity: dict[str, dict[str, Any]] | None = None
 
@@ -109,33 +118,52 @@ class DistillTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         self.method.progress(self.state.global_step / self.state.max_steps)
         with self.compute_loss_context_manager():
-            loss, terms = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
-        terms.loss = loss
-        self._term_steps.add(self.state.global_step)
-        for name, value in terms.named.items():
-            self._term_sums[name] = self._term_sums.get(name, 0) + value.detach()
+            terms = model(**inputs, num_items_in_batch=num_items_in_batch)
+        if self._terms.empty:  # once between two logs: it waits for the device
+            check_terms(terms, self.method)
+        self._terms.add(terms.named, self.state.global_step)
+        ranks = self.accelerator.num_processes
+        terms.loss = terms.loss * ranks
+        terms.weighted = {name: term * ranks for name, term in terms.weighted.items()}
         self.backward(terms)
-        return loss.detach()
+        return terms.loss.detach()
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """What `method.count` finds in the micro-batches of one optimizer step, over all ranks; at least 1."""
+        count = sum(torch.as_tensor(self.method.count(batch), device=device) for batch in batch_samples)
+        return self.accelerator.reduce(torch.as_tensor(count, device=device), reduction="sum").clamp(min=1).float()
 
     def backward(self, terms: Terms) -> None:
         """Add this micro-batch's gradient to the parameters'. Override it to coordinate the terms' gradients.
 
-        `terms.loss` is divided by the answer tokens of the whole step and multiplied by the number of ranks,
-        whose gradients DDP and ZeRO average: call nothing else than `self.accelerator.backward` or
-        `torch.autograd.grad`.
+        `terms.loss` and each of `terms.weighted`, which sum to it, are divided by the items of the whole step and
+        multiplied by the number of ranks, whose gradients DDP and ZeRO average: what is added up here needs no more
+        scaling. `terms.named` is as the method returned it. Take apart what you like with `torch.autograd.grad`, but
+        hand the result to `add_gradient`: only a backward pass reaches the hooks of DDP and ZeRO.
         """
+        self._backward(terms.loss)
+
+    def add_gradient(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
+        """Add `gradients`, by parameter, to the parameters' own as a backward pass of this micro-batch would."""
+        # The gradient of this sum is `gradients`; parameters without one get zeros, for which DDP waits.
+        self._backward(
+            sum(
+                (parameter * gradients.get(parameter, torch.zeros_like(parameter)).detach()).sum()
+                for parameter in self.method.parameters()
+                if parameter.requires_grad
+            )
+        )
+
+    def _backward(self, loss: Tensor) -> None:
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        # DeepSpeed would divide by the accumulation steps, which the count of answer tokens already holds.
-        self.accelerator.backward(terms.loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+        # DeepSpeed would divide by the accumulation steps, which the count of items already holds.
+        self.accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's log with each term: summed over ranks, mean over the steps since the last log."""
-        if "loss" in logs and self._term_steps:
-            names = sorted(self._term_sums)
-            sums = torch.stack([self._term_sums[name] for name in names])
-            means = self.accelerator.reduce(sums, reduction="sum") / len(self._term_steps)
-            logs |= dict(zip(names, means.tolist(), strict=True))
-            self._term_sums, self._term_steps = {}, set()
+        if "loss" in logs and not self._terms.empty:
+            logs |= self._terms.means(self.accelerator)
+            self._terms = TermSums()
         super().log(logs, start_time)
         if not math.isfinite(logs.get("loss", 0.0)):
             raise ValueError(
@@ -148,32 +176,10 @@ class DistillTrainer(Trainer):
         model = self.model if model is None else model
         if self.optimizer is None:
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer(self._parameter_groups(model), **options)
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = parameter_groups(model, decayed, self.part_rates, self.args)
+            self.optimizer = optimizer(groups, **options)
         return self.optimizer
-
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        decayed = set(self.get_decay_parameter_names(model))
-        # The rest comes first: Trainer logs the first group's rate.
-        groups: dict[tuple[str, bool], list[nn.Parameter]] = {("", True): [], ("", False): []}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                part = max((p for p in self.part_rates if f"{name}.".startswith(f"{p}.")), key=len, default="")
-                groups.setdefault((part, name in decayed), []).append(parameter)
-        for part in self.part_rates:
-            if (part, True) not in groups and (part, False) not in groups:
-                parts = sorted({".".join(n.split(".")[:3]) for n, p in model.named_parameters() if p.requires_grad})
-                raise ValueError(
-                    f"a learning rate is given for {part!r}, where nothing is trained; trained are {', '.join(parts)}"
-                )
-        return [
-            {
-                "params": parameters,
-                "lr": self.part_rates.get(part, self.args.learning_rate),
-                "weight_decay": self.args.weight_decay if decay else 0.0,
-            }
-            for (part, decay), parameters in groups.items()
-            if parameters
-        ]
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if not self.group_by_length:
@@ -181,6 +187,53 @@ class DistillTrainer(Trainer):
         arguments = self.args
         together = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
         return LengthGrouped(sample_lengths(self.train_dataset), together, arguments.seed)
+
+    # ---- Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | None = None) -> DataLoader:
+        """This rank's samples of `eval_dataset` (by default, or by name, of the trainer's), none of them twice."""
+        if eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        elif isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        if eval_dataset is None or len(eval_dataset) == 0:
+            raise ValueError("there is no sample to evaluate on: give DistillTrainer an eval_dataset")
+        return evaluation_loader(eval_dataset, self.data_collator, self.args)
+
+    def get_test_dataloader(self, test_dataset: Dataset) -> DataLoader:
+        """As `get_eval_dataloader`, for `predict`, which gives the same terms under other names."""
+        return self.get_eval_dataloader(test_dataset)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """`eval_loss` and `eval_NAME` of each term: sums over all samples over the count of all, whatever the batch
+        size and the number of ranks. It leaves torch's random state as it was, so that training goes on the same."""
+        model = self._evaluated_model().eval()
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()
+        self.callback_handler.eval_dataloader = dataloader
+
+        def each() -> None:
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+
+        device = self.args.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            means = mean_terms(model, dataloader, self.method.count, self._prepare_inputs, self.accelerator, each)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        return EvalLoopOutput(None, None, metrics, len(dataloader.dataset))
+
+    def _evaluated_model(self) -> nn.Module:
+        if self.accelerator._models:  # `train` prepared it; no gradient is wanted, so no hook of DDP either
+            return self.model
+        if self.is_deepspeed_enabled:
+            raise ValueError("under DeepSpeed the model is evaluated while or after it trains: call train first")
+        return self.accelerator.prepare_model(self.model, evaluation_mode=True)
 
     # ---- Checkpoints
 
@@ -190,11 +243,11 @@ class DistillTrainer(Trainer):
         resume_from_checkpoint: a checkpoint's folder; True takes the newest whole one of `args.output_dir`,
         or starts where there is none. The weights end bit for bit as those of the uninterrupted run. Raises
         ValueError when the checkpoint is torn or another run's, and when a fresh start would mix with an
-        earlier run's checkpoints.
+        earlier run's checkpoints; `Interrupted` when Ctrl-C or SIGTERM ended it, naming the checkpoint it left.
         """
         found = checkpoints.latest_checkpoint(self.args.output_dir) if self.is_world_process_zero() else None
         found = broadcast_object_list([found])[0]  # ranks that looked for themselves could disagree
-        if not resume_from_checkpoint and found and self.args.save_strategy != "no":
+        if not resume_from_checkpoint and found:
             raise ValueError(
                 f"{self.args.output_dir} holds {found.name} of an earlier run: resume it "
                 "(resume_from_checkpoint=True), remove it, or give this run another folder"
@@ -204,26 +257,38 @@ class DistillTrainer(Trainer):
         else:
             checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         if checkpoint:
-            if reason := checkpoints.flaw(checkpoint):
-                raise ValueError(f"{checkpoint} is not a whole checkpoint: {reason}; resume from another one")
-            checkpoints.refuse_other_run(checkpoint, self._run())
+            if checkpoint != found:  # which was read to find it
+                self._refuse_torn(checkpoint)
+            refuse_other_run(checkpoint, self._run())
             for name in () if self.is_deepspeed_enabled else ("optimizer.pt", "scheduler.pt"):
                 if not (checkpoint / name).is_file():  # Trainer would go on with a new one
                     raise ValueError(f"{checkpoint} has no {name}: resume from another one")
         if self.is_world_process_zero():
             self.step_log.start(checkpoints.step_of(checkpoint) if checkpoint else 0)
-        self._term_sums, self._term_steps = {}, set()
+        self._terms = TermSums()
         if checkpoint and checkpoints.step_of(checkpoint) >= self.args.max_steps > 0:
             # Trainer would train one step more.
             checkpoints.load_state(self.method, checkpoint)
             self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return TrainOutput(self.state.global_step, math.nan, {})
-        return super().train(str(checkpoint) if checkpoint else None, **options)
+        try:
+            with self._stop:
+                return super().train(str(checkpoint) if checkpoint else None, **options)
+        except Interrupted:
+            self.is_in_train = False
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars and reports are closed
+            raise
+
+    def _refuse_torn(self, checkpoint: Path) -> None:
+        """ValueError on every rank where the first one finds that `checkpoint` is not whole."""
+        reason = checkpoints.flaw(checkpoint) if self.is_world_process_zero() else None
+        if reason := broadcast_object_list([reason])[0]:
+            raise ValueError(f"{checkpoint} is not a whole checkpoint: {reason}; resume from another one")
 
     def _run(self) -> dict[str, Any]:
         """What decides the weights, as it is kept in a checkpoint and compared on resume."""
         if self._data_identity is None:
-            self._data_identity = checkpoints.data_identity(self.train_dataset)
+            self._data_identity = data_identity(self.train_dataset)
         return {
             "config": self.run_config,
             "arguments": {"distribution": self._distribution(), **deciding_arguments(self.args)},
@@ -260,23 +325,8 @@ class DistillTrainer(Trainer):
         it again: `from_pretrained` would shard it and wait for the others. Raises ValueError when a weight is not
         finite, OSError when it cannot be written; `folder` is then as it was before.
         """
-        folder = Path(folder)
-        staged = folder.with_name(f".{folder.name}{checkpoints.STAGING}")
-        state = checkpoints.method_state(self.method)
-        state = {name.removeprefix("student."): t for name, t in state.items() if name.startswith("student.")}
-        state = checkpoints.gather(state, self.state.global_step, keep=self.args.should_save)
-        if self.args.should_save:
-            shutil.rmtree(staged, ignore_errors=True)
-            try:
-                self.method.student.save_pretrained(staged, state_dict=state)
-                if self.processing_class is not None:
-                    self.processing_class.save_pretrained(staged)
-                checkpoints.put_in_place(staged, folder)
-            except (OSError, RuntimeError, SafetensorError) as error:
-                kept = folder if folder.exists() else None
-                failure = checkpoints.disk_error(error, "the student", folder.parent, kept)
-                shutil.rmtree(staged, ignore_errors=True)
-                raise failure from error
+        write = self.args.should_save
+        export_student(self.method, self.processing_class, Path(folder), self.state.global_step, write)
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -301,7 +351,7 @@ class DistillTrainer(Trainer):
                 checkpoints.seal(staged, step)
                 checkpoints.put_in_place(staged, folder / staged.name)
                 staging.rmdir()
-                rotate_checkpoints(str(folder), self.args.save_total_limit)
+                checkpoints.rotate(folder, self.args.save_total_limit)
         except (OSError, RuntimeError, SafetensorError) as error:
             kept = checkpoints.latest_checkpoint(folder)
             failure = checkpoints.disk_error(error, f"checkpoint-{step}", folder, kept)
@@ -319,32 +369,15 @@ class DistillTrainer(Trainer):
         if not self.is_deepspeed_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        from accelerate.utils import DeepSpeedSchedulerWrapper  # there only where deepspeed is installed
-
-        # Trainer leaves frozen parameters, the teacher, out for PEFT models only.
-        self.model_wrapped.save_checkpoint(output_dir, exclude_frozen_parameters=True)
-        if self.args.should_save and not isinstance(self.lr_scheduler, DeepSpeedSchedulerWrapper):
+        zero.save_engine(self.model_wrapped, self.method, output_dir)
+        if self.args.should_save and not zero.owns(self.lr_scheduler):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None):
         if not (self.is_deepspeed_enabled and resume_from_checkpoint):
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        # The engine's file lacks the frozen parameters (start values), so Trainer's strict load would refuse.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
-        path, _ = self.model_wrapped.load_checkpoint(resume_from_checkpoint, load_module_strict=False)
-        if path is None:  # DeepSpeed only warns, and would train on from the start weights
-            raise ValueError(f"{resume_from_checkpoint} holds no state of DeepSpeed: resume from another one")
+        zero.load_engine(self.model_wrapped, resume_from_checkpoint)
         self._load_optimizer_and_scheduler(resume_from_checkpoint)
         self._load_scaler(resume_from_checkpoint)
         return prepared
-
-
-def _check_method(method: nn.Module) -> None:
-    name = type(method).__name__
-    if getattr(method, "accepts_loss_kwargs", None) is not True:
-        raise ValueError(
-            f"{name}.accepts_loss_kwargs is not True: the loss would not be divided by the answer tokens of "
-            "the whole step; set it, and take num_items_in_batch in forward"
-        )
-    if not isinstance(getattr(method, "student", None), nn.Module):
-        raise ValueError(f"{name} has no student: set self.student to the model that is trained")

@@ -14,7 +14,7 @@ from toy_run import Crash, weights_hash
 from transformers import AutoModelForImageTextToText, set_seed
 
 from switchkd.config import Stage, TrainConfig
-from switchkd.data import ConversationDataset, to_conversations
+from switchkd.data import Collator, ConversationDataset, to_conversations
 from switchkd.data.config import DataConfig
 from switchkd.data.steel import CLASSES, render_steel
 from switchkd.methods import SwitchKD
@@ -56,7 +56,13 @@ def trainer_of(folder, narrow, teacher, samples, callbacks=()):
     args = training_arguments(config, folder, disable_tqdm=True)
     processor = tiny_processor(image_size=32, patch_size=16)
     return DistillTrainer(
-        method, args, samples, processing_class=processor, part_rates=rates, callbacks=list(callbacks)
+        method,
+        args,
+        samples,
+        processing_class=processor,
+        data_collator=Collator(processor.tokenizer.pad_token_id),
+        part_rates=rates,
+        callbacks=list(callbacks),
     )
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 
 import pytest
@@ -160,6 +161,86 @@ def test_truncated_file_is_found(tmp_path, whole_run):
     assert "bytes instead of" in checkpoints.flaw(path.parent)
     (path.parent / "checkpoint.json").write_text('{"step": 6, "fil')
     assert checkpoints.flaw(path.parent) == "its checkpoint.json cannot be read"
+
+
+def zeroed(folder):
+    path = folder / "optimizer.pt"
+    path.write_bytes(bytes(path.stat().st_size))
+    return r"optimizer\.pt has other bytes than were saved"
+
+
+def zeroed_at_its_end(folder):
+    path = folder / "method.safetensors"
+    path.write_bytes(path.read_bytes()[:-512] + bytes(512))
+    return r"method\.safetensors has other bytes than were saved"
+
+
+def one_bit_flipped(folder):
+    path = folder / "rng_state.pth"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    return r"rng_state\.pth has other bytes than were saved"
+
+
+def exchanged(folder):
+    """The state of two steps before, of the same size."""
+    shutil.copy(folder.with_name("checkpoint-4") / "method.safetensors", folder / "method.safetensors")
+    return r"method\.safetensors has other bytes than were saved"
+
+
+def unlisted(folder):
+    (folder / "scaler.pt").write_bytes(b"1")
+    return r"scaler\.pt is not in its checkpoint\.json"
+
+
+def manifest_zeroed(folder):
+    path = folder / "checkpoint.json"
+    path.write_bytes(bytes(path.stat().st_size))
+    return r"its checkpoint\.json cannot be read"
+
+
+def renamed(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("checkpoint-4"), folder)
+    return r"its checkpoint\.json is of step 4, its name of step 6"
+
+
+@pytest.mark.parametrize(
+    "damage", [zeroed, zeroed_at_its_end, one_bit_flipped, exchanged, unlisted, manifest_zeroed, renamed]
+)
+def test_damage_that_keeps_the_size_falls_back_to_the_checkpoint_before(tmp_path, whole_run, caplog, damage):
+    shutil.copytree(whole_run.args.output_dir, tmp_path, dirs_exist_ok=True)
+    reason = damage(tmp_path / "checkpoint-6")
+    with pytest.raises(ValueError, match=f"checkpoint-6 is not a whole checkpoint: {reason}; resume from another"):
+        resumed_run(tmp_path, tmp_path / "checkpoint-6")
+    with caplog.at_level(logging.WARNING):
+        resumed = resumed_run(tmp_path)
+    assert re.search(f"checkpoint-6 is passed over as a checkpoint: {reason}", caplog.text)
+    assert len(resumed.method.fractions) == 4  # micro-batches of steps 5 and 6
+    assert weights_hash(resumed.method) == weights_hash(whole_run.method)
+    assert checkpoints.flaw(tmp_path / "checkpoint-6") is None
+
+
+def test_a_checkpoint_may_have_another_name(tmp_path, whole_run):
+    shutil.copytree(latest_checkpoint(whole_run.args.output_dir), tmp_path / "kept")
+    assert checkpoints.flaw(tmp_path / "kept") is None
+    (tmp_path / "checkpoint-6-copy").mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_the_newest_and_the_best_stay(tmp_path):
+    def left(keep, best=None):
+        for step in (2, 4, 10):
+            (tmp_path / f"checkpoint-{step}").mkdir(exist_ok=True)
+        (tmp_path / "checkpoint-old").mkdir(exist_ok=True)
+        checkpoints.rotate(tmp_path, keep, best)
+        return sorted(int(path.name[11:]) for path in tmp_path.iterdir() if path.name != "checkpoint-old")
+
+    assert left(2) == [4, 10]
+    assert left(1, best=2) == [2, 10]
+    assert left(2, best=10) == [4, 10]
+    assert left(None) == left(5) == [2, 4, 10]
 
 
 def test_no_checkpoint_is_none(tmp_path):

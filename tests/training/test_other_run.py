@@ -13,6 +13,7 @@ from transformers import Trainer
 from switchkd.data import Conversation, ConversationDataset
 from switchkd.models.tiny import tiny_processor
 from switchkd.training import checkpoints
+from switchkd.training.identity import data_identity, refuse_other_run
 
 # ---- Another configuration
 
@@ -117,19 +118,19 @@ FORMS = [lambda data: data, list]  # encoded when asked for, and in memory
     ],
 )
 def test_other_samples_are_refused(tmp_path, conversations, form, now, message):
-    before = checkpoints.data_identity(form(conversations(question(1), question(2))))
+    before = data_identity(form(conversations(question(1), question(2))))
     checkpoints.write_json(tmp_path / "run.json", before)
-    checkpoints.refuse_other_run(tmp_path, checkpoints.data_identity(form(conversations(question(1), question(2)))))
+    refuse_other_run(tmp_path, data_identity(form(conversations(question(1), question(2)))))
     with pytest.raises(ValueError, match=message):
-        checkpoints.refuse_other_run(tmp_path, checkpoints.data_identity(form(conversations(*now))))
+        refuse_other_run(tmp_path, data_identity(form(conversations(*now))))
 
 
 @pytest.mark.parametrize(("before", "now"), [FORMS, FORMS[::-1]])
 def test_the_same_samples_in_memory_are_no_other_data(tmp_path, conversations, before, now):
-    checkpoints.write_json(tmp_path / "run.json", checkpoints.data_identity(before(conversations(question(1)))))
-    checkpoints.refuse_other_run(tmp_path, checkpoints.data_identity(now(conversations(question(1)))))
+    checkpoints.write_json(tmp_path / "run.json", data_identity(before(conversations(question(1)))))
+    refuse_other_run(tmp_path, data_identity(now(conversations(question(1)))))
     with pytest.raises(ValueError, match="hash of the sample ids was"):
-        checkpoints.refuse_other_run(tmp_path, checkpoints.data_identity(now(conversations(question(2)))))
+        refuse_other_run(tmp_path, data_identity(now(conversations(question(2)))))
 
 
 def test_resume_on_other_samples_of_equal_number_is_refused(tmp_path):

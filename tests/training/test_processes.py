@@ -87,6 +87,17 @@ def test_killed_run_ends_bit_for_bit_like_the_uninterrupted_one(tmp_path, kill, 
     assert not torn.parent.exists()
 
 
+def test_a_signal_to_all_processes_leaves_a_checkpoint_of_the_step(tmp_path):
+    """As a terminal's Ctrl-C: those that read data are told too."""
+    run = {"steps": 6, "samples": 11, "logging_steps": 1, "data_workers": 2}
+    start({**run, "out": tmp_path / "whole"})
+    shown = start({**run, "out": tmp_path / "stopped", "signal_after": [2, "group"]})
+    assert shown.count("SIGINT: a checkpoint follows after this step") == 1
+    assert (tmp_path / "stopped" / "interrupted-0").read_text() == "3"
+    start({**run, "out": tmp_path / "stopped", "resume": True})
+    assert_equal(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_disk_that_takes_no_more_bytes(tmp_path):
     limit = (
         "import resource, runpy, signal, sys\n"
@@ -172,6 +183,28 @@ def test_two_ddp_ranks_with_accumulation_resume_exactly(tmp_path):
     # One process alone would go on with other random states and batches.
     shown = start({**run, "out": tmp_path / "killed", "resume": True}, code=1)
     assert "world_size was 2 and is now 1" in shown
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path, rank):
+    run = {"steps": 4, "batch_size": 1, "samples": 16, "checkpoint_every": 10}
+    start({**run, "out": tmp_path / "whole"}, TORCHRUN)
+    start({**run, "out": tmp_path / "stopped", "signal_after": [1, rank]}, TORCHRUN)
+    said = [(tmp_path / "stopped" / f"interrupted-{each}").read_text() for each in (0, 1)]
+    assert said == ["2", "2"]
+    assert latest_checkpoint(tmp_path / "stopped").name == f"checkpoint-{said[0]}"
+    start({**run, "out": tmp_path / "stopped", "resume": True}, TORCHRUN)
+    assert_equal(tmp_path / "whole", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("settings", [{}, pytest.param({"zero": 2}, marks=needs_deepspeed)])
+def test_two_ranks_measure_what_one_process_does(tmp_path, settings):
+    run = {**FOUR, "evaluate": 7, "steps": 1, "checkpoint_every": 0}
+    start({**run, "out": tmp_path / "one", "batch_size": 4})
+    start({**run, "out": tmp_path / "two", "batch_size": 2, **settings}, TORCHRUN)
+    one, two = (json.loads((tmp_path / name / "world.json").read_text())["measured"][0] for name in ("one", "two"))
+    for name in ("eval_loss", "eval_ce", "eval_align"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5)
 
 
 @needs_deepspeed

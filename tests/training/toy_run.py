@@ -29,7 +29,7 @@ from transformers import (
 
 from switchkd.config import TrainConfig
 from switchkd.methods.terms import Terms
-from switchkd.training import DistillTrainer, process_state, training_arguments
+from switchkd.training import DistillTrainer, Interrupted, process_state, training_arguments
 
 IMAGE_TOKEN, VOCAB = 3, 40
 
@@ -64,7 +64,7 @@ def toy_llava(hidden: int = 16, dropout: float = 0.1) -> LlavaForConditionalGene
 class ToyMethod(nn.Module):
     """Cross entropy and KL to a frozen teacher, with a module and a buffer of its own."""
 
-    accepts_loss_kwargs = True
+    frozen = ("teacher",)
 
     def __init__(self, dropout: float = 0.1):
         super().__init__()
@@ -77,6 +77,9 @@ class ToyMethod(nn.Module):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def count(self, batch) -> torch.Tensor:
+        return (batch["labels"][:, 1:] != -100).sum()
 
     def progress(self, fraction: float) -> None:
         self.fraction.fill_(fraction)
@@ -92,7 +95,7 @@ class ToyMethod(nn.Module):
         ce = F.cross_entropy(student, targets[answer], reduction="sum") / count
         student = F.log_softmax(student / self.temperature(student.new_ones(1)).exp(), -1)
         align = F.kl_div(student, F.log_softmax(teacher, -1), reduction="sum", log_target=True) / count
-        return Terms(loss=ce + 0.5 * align, named={"ce": ce.detach(), "align": align.detach()})
+        return Terms.of({"ce": ce, "align": align}, {"ce": 1.0, "align": 0.5})
 
 
 class ToyData(torch.utils.data.Dataset):
@@ -141,7 +144,7 @@ def toy_trainer(out, *, samples=12, callbacks=(), trainer=DistillTrainer, dropou
     method = ToyMethod(dropout)
     config = {"steps": 6, "batch_size": 2, "checkpoint_every": 2, "logging_steps": 1, "lr": 1e-2}
     config |= {name: settings.pop(name) for name in list(settings) if name in TrainConfig.__dataclass_fields__}
-    names = ("part_rates", "run_config", "processing_class", "log_file", "log_fields")
+    names = ("part_rates", "run_config", "processing_class", "log_file", "log_fields", "eval_dataset")
     to_trainer = {name: settings.pop(name) for name in names if name in settings}
     to_trainer["group_by_length"] = config.get("group_by_length", False)
     args = training_arguments(TrainConfig(**config), out, **{"disable_tqdm": True, **settings})
@@ -194,6 +197,18 @@ class KillAfter(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class SignalAfter(TrainerCallback):
+    """A signal to this process, or to all of its group, while it takes the step after `step`."""
+
+    def __init__(self, step: int, number: int = signal.SIGINT, *, group: bool = False, times: int = 1):
+        self.step, self.number, self.group, self.times = step, number, group, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for _ in range(self.times):
+                (os.killpg if self.group else os.kill)(os.getpgrp() if self.group else os.getpid(), self.number)
+
+
 def main(settings: dict) -> None:
     out, resume = Path(settings.pop("out")), settings.pop("resume", False)
     stages = settings.pop("stages", 1)
@@ -213,6 +228,10 @@ def main(settings: dict) -> None:
         }
     if kill := settings.pop("kill_after", None):
         settings["callbacks"] = [KillAfter(kill)]
+    if stop := settings.pop("signal_after", None):
+        step, rank = stop
+        if rank in (state.process_index, "group"):
+            settings["callbacks"] = [SignalAfter(step, group=rank == "group")]
     if kill := settings.pop("kill_in_save", None):
         saved = DistillTrainer._save_optimizer_and_scheduler
 
@@ -222,15 +241,23 @@ def main(settings: dict) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         DistillTrainer._save_optimizer_and_scheduler = die
+    if evaluated := settings.pop("evaluate", None):
+        settings["eval_dataset"] = ToyData(evaluated)
     ranks = state.num_processes
+    measured = []
     for folder in [out, *(out / str(stage) for stage in range(2, stages + 1))]:
         trainer = toy_trainer(folder, **settings)
         assert trainer.is_deepspeed_enabled == expect_zero
         assert trainer.args.world_size == ranks == state.num_processes
-        trainer.train(resume_from_checkpoint=resume)
+        try:
+            trainer.train(resume_from_checkpoint=resume)
+        except Interrupted as stop:
+            (out / f"interrupted-{state.process_index}").write_text(str(stop.step))
+            break
         trainer.export_student(folder / "student")
+        measured.append(trainer.evaluate() if evaluated else {})
     if state.is_main_process:
-        (out / "world.json").write_text(json.dumps({"ranks": ranks}))
+        (out / "world.json").write_text(json.dumps({"ranks": ranks, "measured": measured}))
     PartialState().destroy_process_group()  # threads of gloo that outlive the interpreter can abort it
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from switchkd.data.conversations.tokens import (
     refuse_special_tokens,
     render,
 )
+from switchkd.digest import digest
 
 
 def encode(conversation: Conversation, processor: Any, max_length: int | None = None) -> dict[str, Any]:
@@ -101,6 +103,16 @@ class ConversationDataset(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self.conversations)
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """What tells these samples from others when a run is resumed: their number, hashes of their ids and of their
+        messages. Images are not read."""
+        texts = ([(m["role"], [i.get("text") for i in m["content"]]) for m in c.messages] for c in self.conversations)
+        ids = digest(each.id.encode() for each in self.conversations)
+        return {
+            "data": {"samples": len(self), "hash of the sample ids": ids},
+            "messages": {"hash of the messages": digest(json.dumps(text).encode() for text in texts)},
+        }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:

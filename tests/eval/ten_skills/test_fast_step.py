@@ -9,7 +9,7 @@ from torch.utils.data import SequentialSampler
 from eval.ten_skills import models, words, world
 from eval.ten_skills.fast_step import Feed, _decode, draw, orders, score, train
 from switchkd.config import TrainConfig
-from switchkd.data import encode
+from switchkd.data import Collator, encode
 from switchkd.methods import SwitchKD
 from switchkd.training import DistillTrainer, training_arguments
 
@@ -38,7 +38,8 @@ def test_two_steps_are_those_of_the_distil_trainer(samples, tmp_path):
     processor = words.processor(TINY.image, TINY.patch)
     encoded = [encode(each, processor) for each in world.conversations(taken)]
     config = TrainConfig(steps=2, batch_size=11, lr=1e-3, warmup_ratio=0.5, weight_decay=0.0, logging_steps=1)
-    trainer = InOrder(theirs, training_arguments(config, tmp_path), encoded, processing_class=processor)
+    collate = Collator(processor.tokenizer.pad_token_id)
+    trainer = InOrder(theirs, training_arguments(config, tmp_path), encoded, data_collator=collate)
     trainer.train()
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 
