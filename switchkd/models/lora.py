@@ -125,8 +125,8 @@ def check_lora(model: LlavaForConditionalGeneration, stages: Iterable[Stage]) ->
                 merge_lora(model)
         except Exception as error:  # whatever an unfit peft raises
             raise ValueError(
-                f"{stage.field('train')}.lora_rank is {train.lora_rank}, but LoRA does not work here ({type(error).__name__}: "
-                f"{error}): install the versions of constraints-cpu.txt, or leave it out"
+                f"{stage.field('train')}.lora_rank is {train.lora_rank}, but LoRA does not work here "
+                f"({type(error).__name__}: {error}): install the versions of constraints-cpu.txt, or leave it out"
             ) from error
         for weight, was_trained in zip(model.parameters(), trained, strict=True):
             weight.requires_grad_(was_trained)
