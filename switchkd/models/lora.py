@@ -65,40 +65,43 @@ def merge_lora(model: LlavaForConditionalGeneration) -> None:
     """Adds the adapters to the weights they sit on and removes them, in place.
 
     Class, key names and configuration are stock afterwards, and `save_pretrained` writes a whole checkpoint. What was
-    frozen stays frozen (`freeze` decides anew). Raises ValueError where there are no adapters, and where a merged
-    weight would not be finite.
+    frozen stays frozen (`freeze` decides anew). A collective under ZeRO-3. Raises ValueError where there are no
+    adapters, and where a merged weight would not be finite.
     """
+    from peft.utils.integrations import gather_params_ctx
+
     for name, layer in _adapted(model, "merge").items():
-        layer.merge(safe_merge=True)
+        with gather_params_ctx(layer.parameters()):
+            layer.merge(safe_merge=True)
         model.set_submodule(name, layer.get_base_layer())
     del model.peft_config
 
 
-def save_adapter(model: LlavaForConditionalGeneration, folder: str | Path) -> None:
+def save_adapter(model: LlavaForConditionalGeneration, folder: str | Path, write: bool = True) -> None:
     """Writes what was trained since `add_lora` as a PEFT folder: adapter_config.json, adapter_model.safetensors.
 
     `peft.PeftModel.from_pretrained(start, folder)`, where `start` is the model as it was then, gives the logits of
     `model`: beside the adapters the folder holds, as PEFT's `modules_to_save`, every other part in which something is
-    trained, whole. `model` keeps its adapters. Raises ValueError where there are none.
+    trained, whole. `model` keeps its adapters. A collective under ZeRO-3, where only ranks with `write` write. Raises
+    ValueError where there are no adapters.
     """
     from peft import get_peft_model_state_dict
+    from peft.utils.integrations import gather_params_ctx
 
     adapted = {_part(name) for name in _adapted(model, "save")}
     trained = {_part(name) for name, weight in model.named_parameters() if weight.requires_grad} - adapted
     whole = [module for module in (*PARTS.values(), HEAD) if _part(module) in trained]
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    state |= {
-        name: weight
-        for name, weight in model.state_dict().items()
-        if name.startswith(tuple(f"{module}." for module in whole))
-    }
+    within = tuple(f"{module}." for module in whole)
+    kept = [each for name, each in model.named_parameters() if each.requires_grad or name.startswith(within)]
+    with gather_params_ctx(kept, modifier_rank=None):
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        state |= {name: weight for name, weight in model.state_dict().items() if name.startswith(within)}
+        state = {f"base_model.model.{name}": weight.detach().cpu().clone() for name, weight in state.items()}
+    if not write:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {f"base_model.model.{name}": weight.detach().cpu().clone() for name, weight in state.items()},
-        folder / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = replace(
         model.peft_config["default"],
         base_model_name_or_path=model.name_or_path or None,

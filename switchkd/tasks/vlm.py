@@ -140,8 +140,7 @@ def collate(loaded: Loaded, stage: Stage) -> Callable[[list], dict]:
 def export(trainer: DistillTrainer, stage: Stage, run: RunFolder) -> None:
     """The stock checkpoint of what `stage` trained, its adapters merged, and beside it the adapters alone."""
     if stage.train.lora_rank:
-        if trainer.is_world_process_zero():
-            save_adapter(trainer.method.student, run.model(f"{stage.folder}-adapter"))
+        save_adapter(trainer.method.student, run.model(f"{stage.folder}-adapter"), write=trainer.args.should_save)
         merge_lora(trainer.method.student)
     trainer.export_student(run.model(stage.folder))
 
