@@ -51,12 +51,14 @@ class TrainConfig:
     projector_lr: float | None = None
     """Learning rate of the student's projector; left out, lr."""
     lora_rank: int | None = None
-    """Train the language model through LoRA adapters of this rank, merged into it at the end of the stage; left out,
-    all its weights."""
+    """Train `lora_parts` through LoRA adapters of this rank, merged at the end of the stage; left out, all weights."""
     lora_alpha: float | None = None
     """Scale of the adapters, alpha over rank; left out, twice the rank."""
     lora_dropout: float = 0.0
     """Dropout before each adapter."""
+    lora_parts: tuple[str, ...] | None = None
+    """Parts of the student that have adapters, their own weights frozen: vision_tower, projector, language_model; left
+    out, the language model alone."""
     scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     """How the rate falls after the warm-up."""
     warmup_ratio: float = 0.03
@@ -95,8 +97,12 @@ class TrainConfig:
                 f"train.global_batch_size is {self.global_batch_size} and train.gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps}: keep one of them, the first decides the second"
             )
-        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_dropout):
-            raise ValueError("train.lora_alpha or train.lora_dropout is given without train.lora_rank: give it too")
+        if self.lora_rank is None:
+            for name in ("lora_alpha", "lora_dropout", "lora_parts"):
+                if value := getattr(self, name):
+                    raise ValueError(f"train.{name} is {value} but train.lora_rank is left out: give it too")
+        if self.lora_parts == ():
+            raise ValueError("train.lora_parts names no part: name one, or leave it out for the language model")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"train.lora_dropout is {self.lora_dropout}, it must be 0 or more and below 1")
         if not 0 <= self.warmup_ratio < 1:

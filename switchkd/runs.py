@@ -2,6 +2,7 @@
 
 runs/NAME/config.yaml  log.jsonl  results.json  answers.jsonl  table.md  boxes.png
           teacher/  pretrain/  sft/  undistilled/  student/    stock checkpoints, student/ that of the last stage
+          sft-adapter/  student-adapter/                       of a stage with LoRA: its adapters, a PEFT folder
           checkpoints/STAGE/                                   what an unfinished stage resumes from
 """
 

@@ -72,14 +72,28 @@ def test_saved_config_reads_back_equal(tmp_path):
         ),
         (["--name", "a", "--train.steps", "1.5"], '"train.steps": Does not validate'),
         (["--name", "a", "--train.epochs", "0"], "train.epochs is 0.0, it must be above 0"),
-        (["--name", "a", "--train.lora_alpha", "8"], "train.lora_alpha or train.lora_dropout is given without"),
+        (["--name", "a", "--train.lora_alpha", "8"], "train.lora_alpha is 8.0 but train.lora_rank is left out"),
+        (["--name", "a", "--train.lora_dropout", "0.1"], "train.lora_dropout is 0.1 but train.lora_rank is left out"),
+        (
+            ["--name", "a", "--train.lora_parts", "[projector]"],
+            "train.lora_parts is ('projector',) but train.lora_rank",
+        ),
+        (["--name", "a", "--train.lora_rank", "4", "--train.lora_parts", "[]"], "train.lora_parts names no part"),
+        (
+            ["--name", "a", "--train.lora_rank", "4", "--train.lora_parts", "[projector, head]"],
+            "train.lora_parts names 'head', which is no part: known are vision_tower, projector, language_model",
+        ),
+        (
+            ["--name", "a", "--distil.freeze", "[projector]", "--train.lora_rank=4", "--train.lora_parts=[projector]"],
+            "train.lora_rank is 4, with adapters on projector, but distil.freeze names it",
+        ),
         (
             ["--name", "a", "--train.global_batch_size", "8", "--train.gradient_accumulation_steps", "2"],
             "train.global_batch_size is 8 and train.gradient_accumulation_steps 2: keep one of them",
         ),
         (
             ["--name", "a", "--distil.freeze", "[language_model]", "--train.lora_rank", "8"],
-            "train.lora_rank is 8 but distil.freeze names language_model",
+            "train.lora_rank is 8, with adapters on language_model, but distil.freeze names it",
         ),
         (
             ["--name", "a", "--distil.freeze", "[vision_tower, projector, language_model]"],

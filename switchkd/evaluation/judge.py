@@ -28,6 +28,14 @@ class Row:
     blank: bool = False
 
 
+def share(questions: Sequence[Conversation], process: int, processes: int) -> Sequence[Conversation]:
+    """What one of `processes` answers: all shares, in order of the processes, are `questions`; one can be empty.
+
+    accelerate's own split repeats the last question where there are fewer than processes (1.13).
+    """
+    return questions[len(questions) * process // processes : len(questions) * (process + 1) // processes]
+
+
 def judge_models(run: RunFolder, rows: Sequence[Row], questions: list[Conversation]) -> None:
     """All `rows` answer `questions`, shared out over the processes; writes results.json, answers.jsonl, table.md and
     boxes.png (where a question asks for boxes) into the run's folder, and prints the table."""
@@ -36,15 +44,14 @@ def judge_models(run: RunFolder, rows: Sequence[Row], questions: list[Conversati
     for row in rows:
         model = row.model.to(state.device)
         state.print(f"judging: {row.name}")
-        with state.split_between_processes(questions) as part:
-            given = generate_answers(
-                model,
-                row.processor,
-                part,
-                blank_image=row.blank,
-                progress=state.is_local_main_process,
-                **asdict(run.config.judge),
-            )
+        given = generate_answers(
+            model,
+            row.processor,
+            share(questions, state.process_index, state.num_processes),
+            blank_image=row.blank,
+            progress=state.is_local_main_process,
+            **asdict(run.config.judge),
+        )
         answers[row.name] = gather_object(given)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         results[row.name] = {"parameters": parameters, **score_answers(questions, answers[row.name])}

@@ -180,11 +180,12 @@ def freeze(model: LlavaForConditionalGeneration, parts: Sequence[str] = ()) -> N
         model.get_submodule(PARTS[part]).requires_grad_(False)
         if part == "language_model":
             model.lm_head.requires_grad_(False)
-    for module in _unused(model):
+    for module in unused_modules(model):
         module.requires_grad_(False)
 
 
-def _unused(model: LlavaForConditionalGeneration) -> list[nn.Module]:
+def unused_modules(model: LlavaForConditionalGeneration) -> list[nn.Module]:
+    """The modules of the vision tower that no output depends on."""
     tower = model.model.vision_tower
     layers = tower.encoder.layers
     read = model.config.vision_feature_layer

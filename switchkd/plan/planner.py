@@ -210,7 +210,7 @@ class _Planner:
         student = meta_llava(self.teacher_shape if stage.name == "teacher" else self.student_shape, dtype)
         freeze(student, stage.freeze)
         if train.lora_rank:
-            add_lora(student, train.lora_rank, train.lora_alpha, train.lora_dropout)
+            add_lora(student, train.lora_rank, train.lora_alpha, train.lora_dropout, train.lora_parts)
         if train.gradient_checkpointing:
             recompute_activations(student)
         return fake(student)

@@ -21,7 +21,7 @@ from switchkd.models import freeze, load_llava, same_inputs, shared_vocab
 from switchkd.models.adapter import LinearAdapter, fit_switch_adapter
 from switchkd.models.config import TeacherConfig
 from switchkd.models.llava import recompute_activations
-from switchkd.models.lora import add_lora, merge_lora
+from switchkd.models.lora import add_lora, check_lora, merge_lora, save_adapter
 from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.students import build_student as build_model
 from switchkd.models.tiny import TEACHER
@@ -86,6 +86,7 @@ def load(config: Run) -> Loaded:
         if stage.name != "teacher":
             freeze(student, stage.freeze)
             method_of(stage, student, teacher, shared)
+    check_lora(student, stages)
     del student
     data = StageData(config, stages, processor)
     questions = data.questions(config.last.data)
@@ -120,7 +121,7 @@ def build_method(loaded: Loaded, stage: Stage, student: LlavaForConditionalGener
     train = stage.train
     if train.lora_rank:
         set_seed(loaded.config.seed)  # of the adapters
-        add_lora(student, train.lora_rank, train.lora_alpha, train.lora_dropout)
+        add_lora(student, train.lora_rank, train.lora_alpha, train.lora_dropout, train.lora_parts)
     if train.gradient_checkpointing:
         recompute_activations(student)
     return method
@@ -137,8 +138,9 @@ def collate(loaded: Loaded, stage: Stage) -> Callable[[list], dict]:
 
 
 def export(trainer: DistillTrainer, stage: Stage, run: RunFolder) -> None:
-    """The stock checkpoint of what `stage` trained, its adapters merged."""
+    """The stock checkpoint of what `stage` trained, its adapters merged, and beside it the adapters alone."""
     if stage.train.lora_rank:
+        save_adapter(trainer.method.student, run.model(f"{stage.folder}-adapter"), write=trainer.args.should_save)
         merge_lora(trainer.method.student)
     trainer.export_student(run.model(stage.folder))
 

@@ -150,10 +150,15 @@ def _check(stage: Stage) -> None:
     for name, part in (("encoder_lr", "vision_tower"), ("projector_lr", "projector")):
         if part in stage.freeze and (rate := getattr(stage.train, name)) is not None:
             raise ValueError(f"{train}.{name} is {rate} but {frozen} names {part}: drop one of them")
-    if "language_model" in stage.freeze and stage.train.lora_rank:
-        raise ValueError(
-            f"{train}.lora_rank is {stage.train.lora_rank} but {frozen} names language_model: drop one of them"
-        )
+    for part in (stage.train.lora_parts or ("language_model",)) if stage.train.lora_rank else ():
+        if part not in get_args(Part):
+            known = ", ".join(get_args(Part))
+            raise ValueError(f"{train}.lora_parts names {part!r}, which is no part: known are {known}")
+        if part in stage.freeze:
+            raise ValueError(
+                f"{train}.lora_rank is {stage.train.lora_rank}, with adapters on {part}, but {frozen} names it: drop "
+                "one of them"
+            )
     if stage.method and not stage.method.distils:
         raise ValueError(
             f"every term of {stage.field('method')} is null, so that stage {stage.name} learns nothing of the teacher: "

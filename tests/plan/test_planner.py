@@ -264,10 +264,11 @@ def test_training_the_teacher_first_is_a_stage_of_its_own_shape(run):
     assert sum(map(sum, teacher.parameters.values())) == sum(map(sum, plan.teacher.values()))
 
 
-def test_lora_is_trained_and_nothing_else_of_the_language_model(run):
-    plan = make_plan(replace(run, train=replace(TRAIN, lora_rank=2)), gpus=1)
-    trained, frozen = plan.stages[-1].parameters["language model"]
-    assert 0 < trained < 0.2 * frozen
+@pytest.mark.parametrize("lora", ["language_model", "vision_tower"])
+def test_lora_is_trained_and_nothing_else_of_its_part(run, lora):
+    plan = make_plan(replace(run, train=replace(TRAIN, lora_rank=2, lora_parts=(lora,))), gpus=1)
+    for part, (trained, frozen) in plan.stages[-1].parameters.items():
+        assert trained if part != lora.replace("_", " ") else 0 < trained < 0.2 * frozen
     assert plan.stages[-1].memory["AdamW"] == 8 * sum(part[0] for part in plan.stages[-1].parameters.values())
 
 

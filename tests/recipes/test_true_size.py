@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from recipe_run import RECIPES, load_recipe
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -72,6 +73,18 @@ def test_every_stage_ends_in_a_stock_checkpoint_and_trains_its_parts(rehearsed, 
     records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert list(dict.fromkeys(r["stage"] for r in records)) == list(FOLDERS)
     assert {r["stage"] for r in records if "switch" in r} == {"distil"}
+
+
+def test_the_adapters_of_a_stage_on_its_start_are_its_student(rehearsed):
+    run = rehearsed("tinyllava_3b_to_0.5b_lora")
+    assert {path.name for path in run.glob("*-adapter")} == {"sft-adapter", "undistilled-adapter", "student-adapter"}
+    for start, stage in (("pretrain", "sft"), ("sft", "undistilled"), ("sft", "student")):
+        model = AutoModelForImageTextToText.from_pretrained(run / start)
+        merged = PeftModel.from_pretrained(model, run / f"{stage}-adapter").merge_and_unload().state_dict()
+        made = AutoModelForImageTextToText.from_pretrained(run / stage).state_dict()
+        assert merged.keys() == made.keys()
+        for name, weight in made.items():
+            torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=1e-5)
 
 
 def test_pretraining_moves_the_projector_alone(rehearsed):
