@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from eval.sizes import SIZES
+from eval.ten_skills.sizes import SIZES
 
 TINY = replace(
     SIZES["cpu"],

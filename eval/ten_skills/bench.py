@@ -21,11 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration, set_seed
 
-from eval import parts
-from eval.fast_step import ALL_SKILLS, Feed, average, draw, orders, score, train
-from eval.sizes import Size
-from eval.variants import VARIANTS
-from switchkd.data import ten_skills as world
+from eval.ten_skills import models, world
+from eval.ten_skills.fast_step import ALL_SKILLS, Feed, average, draw, orders, score, train
+from eval.ten_skills.sizes import Size
+from eval.ten_skills.variants import VARIANTS
 from switchkd.methods import SupervisedMethod
 from switchkd.models import freeze
 
@@ -107,7 +106,7 @@ class Bench:
             set_seed(TRAIN_SEEDS[stream])
             model = self._build(size.teacher, size.narrow if name == "narrow" else size.vision)
             feed = self._draw("train", stream, min(size.teacher_samples, steps * size.tower_batch))
-            named = parts.pretrain_tower(
+            named = models.pretrain_tower(
                 model, feed, size, steps=steps, seed=0, say=lambda line: _say(f"  {name}: {line}")
             )
             _say(f"  {name}: {100 * named:.0f} % of the sprites named")
@@ -217,9 +216,9 @@ class Bench:
         """Arithmetic of one step of the paper's variant over one of SFT, counted on 4 samples, attention included."""
         counts = []
         with sdpa_kernel(SDPBackend.MATH), torch.random.fork_rng():
-            teacher = parts.build_model(self.size, self.size.teacher, self.size.vision)
+            teacher = models.build_model(self.size, self.size.teacher, self.size.vision)
             for name in ("switch_kd", "sft"):
-                student = parts.build_model(self.size, self.size.student, self.size.vision)
+                student = models.build_model(self.size, self.size.student, self.size.vision)
                 feed = Feed.of(draw("train", 11, 0, self.size.image), self.size.image_tokens)
                 method = VARIANTS[name].method(student, teacher, feed.batch(slice(0, 4))["pixel_values"])
                 with FlopCounterMode(display=False) as counter:
@@ -228,7 +227,7 @@ class Bench:
         return counts[0] / counts[1]
 
     def _build(self, language: tuple[int, int], vision: tuple[int, int]) -> LlavaForConditionalGeneration:
-        model = parts.build_model(self.size, language, vision).to(self.device)
+        model = models.build_model(self.size, language, vision).to(self.device)
         if self.device.type == "cpu":  # where torch's flash attention is slower backwards than matrices written out
             model.set_attn_implementation("eager")
         return model

@@ -9,13 +9,13 @@ import pytest
 def bench(tmp_path):
     from tiny_size import TINY
 
-    from eval.bench import Bench
+    from eval.ten_skills.bench import Bench
 
     return Bench(TINY, tmp_path / "out", tmp_path / "work")
 
 
 @pytest.fixture(scope="module")
 def samples():
-    from eval.fast_step import draw
+    from eval.ten_skills.fast_step import draw
 
     return draw("train", 44, 5, 48)

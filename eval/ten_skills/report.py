@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from eval.sizes import CONFIRM_SEEDS, SEEDS
-from eval.variants import PIECES, SFT, VARIANTS
-from switchkd.data.ten_skills import SKILLS
+from eval.ten_skills.sizes import CONFIRM_SEEDS, SEEDS
+from eval.ten_skills.variants import PIECES, SFT, VARIANTS
+from eval.ten_skills.world import SKILLS
 
 STARTS = {"apart": "own tower", "teacher": "teacher's tower"}
 CORE = ("sft_equal_flops", "kl_align", "dbild_align", "feature_cosine", "switch_kd", "kl_switch")

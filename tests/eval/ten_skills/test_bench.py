@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny_size import TINY
 
-from eval.bench import NOT_EVIDENCE, Bench, Run
-from eval.fast_step import average
-from switchkd.data import ten_skills as world
+from eval.ten_skills import world
+from eval.ten_skills.bench import NOT_EVIDENCE, Bench, Run
+from eval.ten_skills.fast_step import average
 
 
 def test_a_run_is_the_same_twice_and_another_seed_is_not(bench, tmp_path):

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, get_scheduler
 
-from switchkd.data import ten_skills as world
-from switchkd.data.words import IMAGE_ID, PAD_ID
+from eval.ten_skills import world
+from eval.ten_skills.words import IMAGE_ID, PAD_ID
 from switchkd.models import pathway
 
 CHUNK = 330  # samples a worker draws at a time; below it the sprites' tables cost more than the pictures
@@ -71,14 +71,14 @@ def draw(split: str, count: int, seed: int, size: int, pool: Executor | None = N
     jobs = [(split, min(CHUNK, count - first), seed, size, first) for first in firsts]
     chunks = list((pool.map if pool else map)(_chunk, jobs))
     whole = world.make_samples(split, 0, seed, skills=ALL_SKILLS, size=size)
-    parts = {
+    arrays = {
         name: np.concatenate([getattr(chunk, name) for chunk in chunks])
         for name in ("images", "questions", "answers", "skills", "ids")
     }
     scenes = type(whole.scenes)(
         *(np.concatenate([getattr(chunk.scenes, name) for chunk in chunks]) for name in vars(whole.scenes))
     )
-    return world.Samples(whole.names, scenes=scenes, **parts)
+    return world.Samples(whole.names, scenes=scenes, **arrays)
 
 
 def _chunk(job: tuple) -> world.Samples:

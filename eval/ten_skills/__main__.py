@@ -27,12 +27,12 @@ from pathlib import Path
 
 import torch
 
-from eval.bench import TEACHER, Bench, Run
-from eval.report import Results, plots, table
-from eval.sizes import CONFIRM_SEEDS, SEEDS, SIZES
-from eval.variants import PIECES, VARIANTS
+from eval.ten_skills.bench import TEACHER, Bench, Run
+from eval.ten_skills.report import Results, plots, table
+from eval.ten_skills.sizes import CONFIRM_SEEDS, SEEDS, SIZES
+from eval.ten_skills.variants import PIECES, VARIANTS
 
-HOME = Path(__file__).parent
+HOME = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)

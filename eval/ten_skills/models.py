@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaConfig, LlavaForConditionalGeneration, get_scheduler
 
-from eval.fast_step import Feed, autocast, orders
-from eval.sizes import Size
-from switchkd.data.scenes import CELLS, COLOURS, SIZES, SPRITES, SURFACES
-from switchkd.data.ten_skills import Samples
-from switchkd.data.words import IMAGE_ID, tokenizer
+from eval.ten_skills.fast_step import Feed, autocast, orders
+from eval.ten_skills.scenes import CELLS, COLOURS, SIZES, SPRITES, SURFACES
+from eval.ten_skills.sizes import Size
+from eval.ten_skills.words import IMAGE_ID, tokenizer
+from eval.ten_skills.world import Samples
 from switchkd.models import freeze, pathway
 from switchkd.models.tiny import tiny_text_config, tiny_vision_config
 

@@ -1,6 +1,6 @@
 from hand_made import record
 
-from eval.report import Results, table
+from eval.ten_skills.report import Results, table
 
 
 def test_the_table_shows_means_and_spreads_of_the_validation_split(tmp_path):

@@ -5,11 +5,11 @@ import pytest
 import torch
 from tiny_size import TINY
 
-from eval import parts
-from eval.fast_step import Feed, draw
-from eval.own_methods import LlavaKD, Scheduled
-from eval.sizes import SIZES
-from eval.variants import PIECES, VARIANTS
+from eval.ten_skills import models
+from eval.ten_skills.fast_step import Feed, draw
+from eval.ten_skills.own_methods import LlavaKD, Scheduled
+from eval.ten_skills.sizes import SIZES
+from eval.ten_skills.variants import PIECES, VARIANTS
 from switchkd.methods import SwitchKD
 from switchkd.models import freeze
 
@@ -18,7 +18,7 @@ from switchkd.models import freeze
 def test_both_sizes_build_and_every_variant_takes_a_step(name):
     size = SIZES[name]
     torch.manual_seed(0)
-    teacher = parts.build_model(size, size.teacher, size.vision)
+    teacher = models.build_model(size, size.teacher, size.vision)
     parameters = sum(parameter.numel() for parameter in teacher.parameters())
     if name == "gpu":
         assert 5e6 < parameters < 8e6
@@ -26,7 +26,7 @@ def test_both_sizes_build_and_every_variant_takes_a_step(name):
     for variant in VARIANTS.values():
         if name == "gpu" and variant.name not in ("switch_kd", "narrow_switch", "kl_seen"):
             continue
-        student = parts.build_model(size, size.student, size.narrow if variant.narrow else size.vision)
+        student = models.build_model(size, size.student, size.narrow if variant.narrow else size.vision)
         freeze(student, variant.freeze)
         batch = feed.batch(slice(0, 11))
         terms = variant.method(student, teacher, batch["pixel_values"])(**batch)
@@ -49,8 +49,8 @@ def test_pieces_name_each_variant_once_but_for_the_few():
 
 def test_scheduled_terms_keep_their_mean_weight():
     torch.manual_seed(0)
-    models = [parts.build_model(TINY, width, TINY.vision) for width in (TINY.student, TINY.teacher)]
-    method = Scheduled(*models, late=False, align="forward_kl", switch="forward_kl", switch_weight=3.0)
+    pair = [models.build_model(TINY, width, TINY.vision) for width in (TINY.student, TINY.teacher)]
+    method = Scheduled(*pair, late=False, align="forward_kl", switch="forward_kl", switch_weight=3.0)
     seen = []
     for step in range(101):
         method.progress(step / 100)
@@ -63,8 +63,8 @@ def test_scheduled_terms_keep_their_mean_weight():
 
 def test_visual_terms_are_means_over_image_tokens_of_whole_passes(samples):
     torch.manual_seed(0)
-    student = parts.build_model(TINY, TINY.student, TINY.vision)
-    teacher = parts.build_model(TINY, TINY.teacher, TINY.vision)
+    student = models.build_model(TINY, TINY.student, TINY.vision)
+    teacher = models.build_model(TINY, TINY.teacher, TINY.vision)
     batch = Feed.of(samples, TINY.image_tokens).batch(slice(0, 22))
     options = {"align": None, "switch": None, "visual_weight": 2.0, "relation_weight": 0.5}
     terms = LlavaKD(student, teacher, **options)(**batch)
@@ -87,8 +87,8 @@ def test_visual_terms_are_means_over_image_tokens_of_whole_passes(samples):
 
 def test_positions_count_where_the_picture_changes_the_teacher(samples):
     torch.manual_seed(0)
-    student = parts.build_model(TINY, TINY.student, TINY.vision)
-    teacher = parts.build_model(TINY, TINY.teacher, TINY.vision)
+    student = models.build_model(TINY, TINY.student, TINY.vision)
+    teacher = models.build_model(TINY, TINY.teacher, TINY.vision)
     batch = Feed.of(samples, TINY.image_tokens).batch(slice(0, 22))
     plain = SwitchKD(student, teacher, align="forward_kl", switch="forward_kl")(**batch).named
     seen = VARIANTS["kl_seen"].method(student, teacher, batch["pixel_values"])

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from eval.own_methods import LlavaKD, Scheduled, SeenOnly
+from eval.ten_skills.own_methods import LlavaKD, Scheduled, SeenOnly
 from switchkd.methods import SupervisedMethod, SwitchKD
 from switchkd.models.adapter import fit_switch_adapter
 

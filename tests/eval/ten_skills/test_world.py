@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from switchkd.data import encode, words
-from switchkd.data import ten_skills as world
-from switchkd.data.scenes import COLOURS, FAULTS, SHAPES, SIZES, SPRITES, SURFACES
+from eval.ten_skills import words, world
+from eval.ten_skills.scenes import COLOURS, FAULTS, SHAPES, SIZES, SPRITES, SURFACES
+from switchkd.data import encode
 
 ALL = (*world.SKILLS, world.LOCATE)
 BINARY = {"existence", "perception"}

@@ -6,11 +6,10 @@ import torch
 from tiny_size import TINY
 from torch.utils.data import SequentialSampler
 
-from eval import parts
-from eval.fast_step import Feed, _decode, draw, orders, score, train
+from eval.ten_skills import models, words, world
+from eval.ten_skills.fast_step import Feed, _decode, draw, orders, score, train
 from switchkd.config import TrainConfig
-from switchkd.data import encode, words
-from switchkd.data import ten_skills as world
+from switchkd.data import encode
 from switchkd.methods import SwitchKD
 from switchkd.training import DistillTrainer, training_arguments
 
@@ -23,8 +22,8 @@ class InOrder(DistillTrainer):
 def _pair():
     """In float64, where rounding cannot turn a gradient of zero into a step of Adam."""
     torch.manual_seed(0)
-    teacher = parts.build_model(TINY, TINY.teacher, TINY.vision).double()
-    student = parts.build_model(TINY, TINY.student, TINY.vision).double()
+    teacher = models.build_model(TINY, TINY.teacher, TINY.vision).double()
+    student = models.build_model(TINY, TINY.student, TINY.vision).double()
     return SwitchKD(student, teacher, align="dbild", switch="forward_kl")
 
 
@@ -100,7 +99,7 @@ def test_orders_are_whole_passes():
 
 def test_score_is_exact_match_under_greedy_decoding(samples):
     torch.manual_seed(0)
-    model = parts.build_model(TINY, TINY.student, TINY.vision)
+    model = models.build_model(TINY, TINY.student, TINY.vision)
     feed = Feed.of(samples, TINY.image_tokens)
 
     def says(right):
@@ -130,7 +129,7 @@ def test_score_is_exact_match_under_greedy_decoding(samples):
 def test_a_box_is_decoded_token_by_token():
 
     torch.manual_seed(1)
-    model = parts.build_model(TINY, TINY.student, TINY.vision)
+    model = models.build_model(TINY, TINY.student, TINY.vision)
     feed = Feed.of(world.make_samples("train", 6, 0, skills=(world.LOCATE,), size=48), TINY.image_tokens)
     batch = feed.batch(slice(0, 6))
     answers = _decode(model.eval(), batch)
@@ -149,7 +148,7 @@ def test_a_box_is_decoded_token_by_token():
 
 
 def test_an_image_token_in_an_answer_is_a_wrong_answer(samples):
-    model = parts.build_model(TINY, TINY.student, TINY.vision)
+    model = models.build_model(TINY, TINY.student, TINY.vision)
     weight = torch.zeros(len(world.VOCABULARY))
     weight[words.IMAGE_ID] = 1.0
     model.lm_head.forward = lambda hidden: weight.expand(*hidden.shape[:2], -1)

@@ -8,7 +8,7 @@ import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlavaProcessor, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from switchkd.data.scenes import COLOURS, FAULTS, GLYPHS, SHAPES, SIZES, SPRITES, SURFACES, Scenes
+from eval.ten_skills.scenes import COLOURS, FAULTS, GLYPHS, SHAPES, SIZES, SPRITES, SURFACES, Scenes
 
 PAD, IMAGE, ANSWER, END = MARKS = ("<pad>", "<image>", "<answer>", "<end>")
 PAD_ID, IMAGE_ID, ANSWER_ID, END_ID = range(4)

@@ -3,15 +3,14 @@ import pytest
 import torch
 from tiny_size import TINY
 
-from eval import parts
-from switchkd.data import ten_skills as world
+from eval.ten_skills import models, world
 
 
 def test_dense_labels_name_what_lies_under_a_patch():
     samples = world.make_samples("train", 40, 0, size=48)
-    labels = parts.dense_labels(samples, 48, 12)
-    assert labels.shape == (40, 16, len(parts.HEADS))
-    assert (labels.reshape(-1, 5).max(axis=0) < parts.HEADS).all()
+    labels = models.dense_labels(samples, 48, 12)
+    assert labels.shape == (40, 16, len(models.HEADS))
+    assert (labels.reshape(-1, 5).max(axis=0) < models.HEADS).all()
     grid = labels.reshape(40, 4, 4, 5)
     scenes = samples.scenes
     for row in range(40):
@@ -26,5 +25,5 @@ def test_dense_labels_name_what_lies_under_a_patch():
 
 def test_the_language_model_starts_at_one_over_the_root_of_its_width():
     torch.manual_seed(0)
-    model = parts.build_model(TINY, (64, 1), TINY.vision)
+    model = models.build_model(TINY, (64, 1), TINY.vision)
     assert model.model.language_model.layers[0].mlp.up_proj.weight.std().item() == pytest.approx(1 / 8, rel=0.05)

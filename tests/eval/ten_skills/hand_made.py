@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from eval.bench import NOT_EVIDENCE, Run, write_json
-from switchkd.data import ten_skills as world
+from eval.ten_skills import world
+from eval.ten_skills.bench import NOT_EVIDENCE, Run, write_json
 
 
 def record(folder, variant, start, seed, value, split="validation", **more):
