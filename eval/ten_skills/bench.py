@@ -6,11 +6,8 @@ import functools
 import hashlib
 import json
 import os
-import platform
-import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,48 +18,33 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration, set_seed
 
+from eval.records import Job, digest
 from eval.ten_skills import models, world
 from eval.ten_skills.fast_step import ALL_SKILLS, Feed, average, draw, orders, score, train
 from eval.ten_skills.sizes import Size
-from eval.ten_skills.variants import VARIANTS
+from eval.ten_skills.variants import variant
 from switchkd.methods import SupervisedMethod
 from switchkd.models import freeze
 
 NOT_EVIDENCE = "machinery check, not evidence"
 TRAIN_SEEDS = {"teacher": 0, "students": 1, "starts": 2, "tower": 3, "apart": 4}  # of the train split's streams
 CURVE = (330, 5)  # validation samples and points of a run's curve
-TEACHER = "teacher"  # the row of the teacher itself, and the start from its tower
-
-
-@dataclass(frozen=True)
-class Run:
-    """One row's run: `variant` of `VARIANTS`, or TEACHER (judged alone) with start "" and seed 0."""
-
-    variant: str
-    start: str
-    seed: int
-    split: str
-
-    @property
-    def file(self) -> str:
-        start = f"-{self.start}" if self.start else ""
-        return f"{self.split}-{self.variant}{start}-{self.seed}.json"
+TEACHER = "teacher"  # the row of the teacher itself (start "", seed 0), and the start from its tower
 
 
 class Bench:
-    """size: of the models and the steps. out: folder of the results, a JSON a run. work: folder of the weights, in
-    which settings have a folder each. drawers: processes that draw the samples."""
+    """The bench of `eval.runner`. size: of the models and the steps. work: folder of the weights, in which settings
+    have a folder each. drawers: processes that draw the samples."""
 
     def __init__(
         self,
         size: Size,
-        out: Path,
         work: Path,
         *,
         device: str = "cpu",
         drawers: int = 1,
     ):
-        self.size, self.out, self.device = size, out, torch.device(device)
+        self.size, self.device = size, torch.device(device)
         self.teacher_work = work / f"{size.name}-teacher-{digest(self.settings() | {'size': size.teacher_settings()})}"
         self.work = work / f"{size.name}-students-{digest(self.settings())}"
         self.drawers = drawers
@@ -71,31 +53,17 @@ class Bench:
 
     # ---- What decides a result
 
-    def settings(self, run: Run | None = None) -> dict:
-        """What decides a run's result, the world's samples included, or without a run what all runs share."""
+    def settings(self, job: Job | None = None) -> dict:
+        """What decides a job's record, the world's samples included, or without a job what all jobs share."""
         settings = {"size": self.size.settings(), "world": _world(self.size.image)}
-        if run is None:
+        if job is None:
             return settings
-        if run.variant == TEACHER:
+        if job.variant == TEACHER:
             settings["size"] = self.size.teacher_settings() | {"judged": self.size.judged}
-        variant = {} if run.variant == TEACHER else VARIANTS[run.variant].settings()
-        return settings | {"variant": variant, "start": run.start, "seed": run.seed, "split": run.split}
+        kept = {} if job.variant == TEACHER else variant(job.variant).settings()
+        return settings | {"variant": kept, "start": job.start, "seed": job.seed, "split": job.split}
 
-    def done(self, run: Run) -> bool:
-        """Whether its JSON is there. Raises ValueError where that is one of other settings: results that do not belong
-        together never share a table."""
-        path = self.out / run.file
-        if not path.exists():
-            return False
-        kept, wanted = json.loads(path.read_text())["settings"], digest(self.settings(run))
-        if kept != wanted:
-            raise ValueError(
-                f"{path} was made under settings {kept} and these are {wanted}: move that folder away, or give another "
-                "one (--out)"
-            )
-        return True
-
-    # ---- Parts that several runs share
+    # ---- What several runs share
 
     def tower(self, name: str) -> Path:
         """The pretrained vision tower of the teacher ("tower"), of the students' ("apart"), or their narrow one."""
@@ -132,7 +100,7 @@ class Bench:
             train(method, feed, order, lr=size.teacher_lr, bf16=size.bf16, each=each)
             self._save(model, path)
             training = {"seconds": time.monotonic() - started, "curve": curve}
-            write_json(self.teacher_work / "teacher.json", training)
+            _write_json(self.teacher_work / "teacher.json", training)
         self._teacher = model.requires_grad_(False).eval()
         return self._teacher
 
@@ -165,52 +133,43 @@ class Bench:
 
     # ---- One run
 
-    def run(self, run: Run) -> dict:
-        """Trains and judges; writes the JSON at the end and returns it."""
+    def run(self, job: Job) -> dict:
+        """Trains and judges."""
         started, curve, losses = time.monotonic(), [], {}
-        size, variant, extra = self.size, VARIANTS.get(run.variant), {}
-        if variant is None:
+        size, extra = self.size, {}
+        if job.variant == TEACHER:
             model, blank, steps, lr = self.teacher(), False, size.teacher_steps, size.teacher_lr
             extra = json.loads((self.teacher_work / "teacher.json").read_text())
         else:
-            model = self.start(run.start, run.seed, variant.narrow)
-            freeze(model, variant.freeze)
-            blank, steps, lr = variant.blank, size.steps, size.lr * variant.lr
-            if variant.equal_flops:
+            row = variant(job.variant)
+            model = self.start(job.start, job.seed, row.narrow)
+            freeze(model, row.freeze)
+            blank, steps, lr = row.blank, size.steps, size.lr * row.lr
+            if row.equal_flops:
                 extra["flops"] = self.flops_ratio()
                 steps = round(steps * extra["flops"])
             feed = self.feed("train", "students", size.samples)
-            teacher = None if variant.options is None else self.teacher()
-            set_seed(run.seed)
-            method = variant.method(model, teacher, feed.batch(slice(0, 330))["pixel_values"])
-            order = orders(len(feed), steps, size.batch_size, run.seed)
-            each = self._watch(run.variant, model, steps, curve, started, losses, quiet=True, blank=blank)
+            teacher = None if row.options is None else self.teacher()
+            set_seed(job.seed)
+            method = row.method(model, teacher, feed.batch(slice(0, 330))["pixel_values"])
+            order = orders(len(feed), steps, size.batch_size, job.seed)
+            each = self._watch(job.variant, model, steps, curve, started, losses, quiet=True, blank=blank)
             train(method, feed, order, lr=lr, blank=blank, bf16=size.bf16, each=each)
             extra |= {"curve": curve, "losses": {name: float(total) for name, total in losses.items()}}
-        judged = self.feed(run.split, run.split, size.judged)
+        judged = self.feed(job.split, job.split, size.judged)
         scores = score(model, judged, blank=blank, bf16=size.bf16)
-        result = {
+        return {
             "size": size.name,
-            "variant": run.variant,
-            "start": run.start,
-            "seed": run.seed,
-            "split": run.split,
             "average": average(scores),
             "skills": {name: scores[name] for name in world.SKILLS},
             "locate": scores[world.LOCATE],
             "chance": {name: 100 * share for name, share in world.chance(judged.samples).items()},
             "steps": steps,
             "lr": lr,
-            "seconds": time.monotonic() - started,
             **extra,
             "evidence": True if size.evidence else NOT_EVIDENCE,
             "weights": weights_hash(model),
-            "settings": digest(self.settings(run)),
-            "commit": _commit(),
-            "machine": _machine(self.device),
         }
-        write_json(self.out / run.file, result)
-        return result
 
     def flops_ratio(self) -> float:
         """Arithmetic of one step of the paper's variant over one of SFT, counted on 4 samples, attention included."""
@@ -220,7 +179,7 @@ class Bench:
             for name in ("switch_kd", "sft"):
                 student = models.build_model(self.size, self.size.student, self.size.vision)
                 feed = Feed.of(draw("train", 11, 0, self.size.image), self.size.image_tokens)
-                method = VARIANTS[name].method(student, teacher, feed.batch(slice(0, 4))["pixel_values"])
+                method = variant(name).method(student, teacher, feed.batch(slice(0, 4))["pixel_values"])
                 with FlopCounterMode(display=False) as counter:
                     method(**feed.batch(slice(0, 4))).loss.backward()
                 counts.append(counter.get_total_flops())
@@ -281,16 +240,12 @@ def _load(module: nn.Module, path: Path) -> None:
     module.load_state_dict(load_file(path))
 
 
-def write_json(path: Path, value: dict) -> None:
+def _write_json(path: Path, value: dict) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.incomplete")
     staged.write_text(json.dumps(value, indent=1) + "\n")
     os.replace(staged, path)
-
-
-def digest(settings: dict) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def weights_hash(model: nn.Module) -> str:
@@ -308,26 +263,6 @@ def _world(size: int) -> str:
     sha = hashlib.sha256()
     for split in world.SPLITS:
         samples = world.make_samples(split, 330, 0, skills=ALL_SKILLS, size=size)
-        for part in (samples.images, samples.questions, samples.answers):
-            sha.update(part.tobytes())
+        for array in (samples.images, samples.questions, samples.answers):
+            sha.update(array.tobytes())
     return sha.hexdigest()[:10]
-
-
-@functools.lru_cache
-def _commit() -> str:
-    """Of the working tree, with "+" where it has changes; "unknown" outside a repository."""
-    root = Path(__file__).parent
-    try:
-        commit, changes = (
-            subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "--", "*.py"))
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return commit + ("+" if changes else "")
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 from switchkd.losses import answer_rows, forward_kl
 from switchkd.losses.named import divergence
 from switchkd.methods import SwitchKD, Terms
+from switchkd.methods.switch_kd import Divergence
 from switchkd.models import pathway
 
 
@@ -39,8 +40,11 @@ class SeenOnly(SwitchKD):
     over `nats`; those that count are weighted up so that a term's mean weight stays. Costs one more teacher pass.
     """
 
-    def __init__(self, student, teacher, *, align: str, switch: str, nats: float = 0.1, **options):
-        align, switch = (functools.partial(self._kept, divergence(name)) for name in (align, switch))
+    def __init__(
+        self, student, teacher, *, align: str | Divergence, switch: str | Divergence, nats: float = 0.1, **options
+    ):
+        found = [divergence(each) if isinstance(each, str) else each for each in (align, switch)]
+        align, switch = (functools.partial(self._kept, each) for each in found)
         super().__init__(student, teacher, align=align, switch=switch, **options)
         self.nats = nats
         self._weights: Tensor | None = None

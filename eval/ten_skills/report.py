@@ -1,15 +1,15 @@
-"""Tables and plots from the JSONs of the ten skills."""
+"""Tables and plots of the ten skills, each figure from the records of the split that its title names."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 
+from eval.records import Refused, Results, made, markdown, spread
+from eval.ten_skills.bench import CURVE, TEACHER
 from eval.ten_skills.sizes import CONFIRM_SEEDS, SEEDS
-from eval.ten_skills.variants import PIECES, SFT, VARIANTS
+from eval.ten_skills.variants import PIECES, SFT, VARIANTS, listens
 from eval.ten_skills.world import SKILLS
 
 STARTS = {"apart": "own tower", "teacher": "teacher's tower"}
@@ -26,146 +26,148 @@ TITLES = {
     "kl_switch": "KL align + KL switch",
     "blind": "blind (picture blanked)",
 }
+STANDS_ON = "seeds (own / teacher's)"  # the head of the column that says how many runs each mean is of
 
 
-@dataclass(frozen=True)
-class Results:
-    """The JSONs of one size."""
-
-    records: tuple[dict, ...]
-
-    @classmethod
-    def of(cls, folder: Path, size: str) -> Results:
-        """Raises ValueError for a file that is no result."""
-        records = []
-        for path in sorted(folder.glob("*.json")):
-            record = json.loads(path.read_text())
-            if "variant" not in record or "average" not in record:
-                raise ValueError(
-                    f"{path} holds no variant and average: it is no result of the ten skills, move it away"
-                )
-            if record["size"] == size:
-                records.append(record)
-        return cls(tuple(records))
-
-    def rows(self, variant: str, start: str, split: str, seeds: Iterable[int] = SEEDS) -> list[dict]:
-        """A variant's records, in the order of the seeds."""
-        seeds = tuple(seeds)
-        found = [
-            record
-            for record in self.records
-            if (record["variant"], record["start"], record["split"]) == (variant, start, split)
-            and record["seed"] in seeds
-        ]
-        return sorted(found, key=lambda record: record["seed"])
-
-    def best(self, names: Iterable[str], start: str, seeds: Sequence[int] = SEEDS) -> str | None:
-        """The variant with the highest mean on the validation split, of those that have all seeds."""
-        means = {}
-        for name in names:
-            rows = self.rows(name, start, "validation", seeds)
-            if len(rows) == len(seeds):
-                means[name] = mean(row["average"] for row in rows)
-        return max(means, key=means.get) if means else None
-
-    def best_sft(self, start: str, seeds: Sequence[int] = SEEDS) -> str | None:
-        return self.best(SFT, start, seeds)
-
-    def best_found(self, seeds: Sequence[int] = SEEDS) -> str | None:
-        """Of all variants that listen to the teacher with a tower of its width, from the harder start."""
-        return self.best((v.name for v in VARIANTS.values() if v.options is not None and not v.narrow), "apart", seeds)
+# ---- What is chosen, and among which
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation over seeds, "53.4 ± 0.6"; without values a dash."""
-    if not values:
-        return "-"
-    return f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+def candidates(results: Results, seeds: Sequence[int]) -> list[str]:
+    """All variants that have every seed and listen to the teacher with a tower of its width, from the harder start."""
+    names = dict.fromkeys([*VARIANTS, *_own(results)])
+    return results.whole(filter(listens, names), "apart", "validation", seeds)
+
+
+def best_found(results: Results, seeds: Sequence[int] = SEEDS) -> str | None:
+    return results.best(candidates(results, seeds), "apart", "validation", seeds)
+
+
+def best_sft(results: Results, start: str, seeds: Sequence[int] = SEEDS) -> str | None:
+    return results.best(SFT, start, "validation", seeds)
+
+
+def _own(results: Results) -> list[str]:
+    """Variants that the bench has not, `--variant package.module:function`, by name."""
+    return sorted({record["variant"] for record in results.records} - {*VARIANTS, TEACHER})
+
+
+# ---- The report
 
 
 def table(results: Results, size: str, seeds: Sequence[int] = SEEDS) -> str:
-    """The report as markdown: core table, skills, ablations, confirmation; what has not been run has a dash."""
+    """The report as markdown: core table, skills, ablations, confirmation; what has not been run has a dash.
+
+    Raises Refused where records of one split were judged on different samples.
+    """
     if not results.records:
         return f"# Ten skills, size {size}\n\nNothing has been run yet.\n"
-    records = results.records
-    notes = sorted({str(record["evidence"]) for record in records} - {"True"})
-    title = f"# Ten skills, size {size}" + "".join(f": {note}" for note in notes)
-    machines = " / ".join(sorted({record["machine"] for record in records}))
-    minutes = sum(record["seconds"] for record in records) / 60
-    commits = ", ".join(sorted({record["commit"] for record in records}))
-    parts = [
-        title,
-        "Average exact match over ten skills in per cent, mean ± standard deviation over seeds "
-        f"{_listed(seeds)} on the validation split. Made on {machines} at {commits}, {minutes:.0f} minutes of "
-        "training and judging in all.",
+    notes = sorted({str(record["evidence"]) for record in results.records} - {"True"})
+    sections = [
+        f"# Ten skills, size {size}" + "".join(f": {note}" for note in notes),
+        _introduced(results, seeds),
         _core(results, seeds),
         "## By skill, own tower\n\n" + _by_skill(results, seeds),
         "## Ablations, own tower\n\n" + _ablations(results, seeds),
     ]
-    if any(record["split"] == "test" and record["start"] for record in records):
-        parts.append("## Confirmed: new seeds, test split\n\n" + _confirmed(results))
-    return "\n\n".join(parts) + "\n"
+    if any(record["split"] == "test" and record["seed"] in CONFIRM_SEEDS for record in results.records):
+        sections.append("## Confirmed: new seeds, test split\n\n" + _confirmed(results))
+    return "\n\n".join(sections) + "\n"
+
+
+def _introduced(results: Results, seeds: Sequence[int]) -> str:
+    shown = [
+        record
+        for record in results.records
+        if record["split"] == "validation" and (record["seed"] in seeds or record["variant"] == TEACHER)
+    ]
+    if not shown:
+        return "Nothing has been run on the validation split yet."
+    return (
+        "Average exact match over ten skills in per cent, mean ± standard deviation over seeds "
+        f"{_seeds_of(shown) or 'of the students (none has run)'} on the validation split. {made(shown)}"
+    )
+
+
+def _seeds_of(records: Sequence[dict]) -> str:
+    """Those of the students, "0, 1, 2"."""
+    return ", ".join(map(str, sorted({record["seed"] for record in records if record["start"]})))
 
 
 def _core(results: Results, seeds: Sequence[int]) -> str:
-    head = ["variant", *(f"{title}" for title in STARTS.values()), "steps", "seconds a run"]
-    teacher = results.rows("teacher", "", "validation", (0,))
+    head = ["variant", *STARTS.values(), STANDS_ON, "steps", "seconds a run"]
+    shares = chance(results, "validation")
+    by_chance = f"{mean(shares[name] for name in SKILLS):.1f}" if shares else "-"
+    chosen = {start: best_sft(results, start, seeds) for start in STARTS}
+    rates = {start: results.whole(SFT, start, "validation", seeds) for start in STARTS}
+    best, among = best_found(results, seeds), len(candidates(results, seeds))
+
+    def row(title: str, names: Mapping[str, str | None]) -> list:
+        halves = [
+            results.rows(names[start], start, "validation", seeds) if names.get(start) else [] for start in STARTS
+        ]
+        both = [each for rows in halves for each in rows]
+        steps = " / ".join(str(count) for count in dict.fromkeys(each["steps"] for each in both))
+        seconds = f"{mean(each['seconds'] for each in both):.0f}" if both else ""
+        return [title, *(_average(rows) for rows in halves), _counts(halves), steps, seconds]
+
     lines = [
-        ["chance (majority answer)", *[_chance(results)] * 2, "", ""],
-        _core_row(results, {"apart": "blind"}, TITLES["blind"], seeds),
-        _core_row(
-            results,
-            {start: results.best_sft(start, seeds) for start in STARTS},
-            "SFT, best of its rates",
-            seeds,
-        ),
-        *(_core_row(results, dict.fromkeys(STARTS, name), TITLES[name], seeds) for name in CORE),
+        ["chance (majority answer)", by_chance, by_chance, "", "", ""],
+        row(TITLES["blind"], {"apart": "blind"}),
+        row(f"SFT, best of its rates ({_counts(rates.values())})", chosen),
+        *(row(TITLES.get(name, name), dict.fromkeys(STARTS, name)) for name in (*CORE, *_own(results))),
     ]
-    best = results.best_found(seeds)
     if best:
-        lines.append(_core_row(results, dict.fromkeys(STARTS, best), f"best found: {best}", seeds))
-    averages, steps = spread([row["average"] for row in teacher]), teacher[0]["steps"] if teacher else ""
-    seconds = f"{teacher[0]['seconds']:.0f}" if teacher else ""
-    lines.append(["teacher", averages, averages, steps, seconds])
-    text = _markdown(head, lines)
-    chosen = {start: results.best_sft(start, seeds) for start in STARTS}
-    rates = [f"{title}: {chosen[start]}" for start, title in STARTS.items() if chosen[start]]
-    flops = [record["flops"] for record in results.records if "flops" in record]
-    if rates:
-        text += f"\n\nThe rate of SFT is the best of those run ({'; '.join(rates)}), the others have the plain one."
+        lines.append(row(f"best found of {among}: {best}", dict.fromkeys(STARTS, best)))
+    teacher = results.rows(TEACHER, "", "validation", (0,))
+    seconds, steps = (f"{teacher[0]['seconds']:.0f}", teacher[0]["steps"]) if teacher else ("", "")
+    lines.append(["teacher", *[_average(teacher)] * 2, len(teacher) or "-", steps, seconds])
+
+    shown = [f"{STARTS[start]}: {chosen[start]} of {', '.join(rates[start])}" for start in STARTS if chosen[start]]
+    flops = [each["flops"] for each in results.rows("sft_equal_flops", "apart", "validation", seeds)]
+    notes = []
+    if shown:
+        notes.append(f"The rate of SFT is the best of those run ({'; '.join(shown)}), the others have the plain one.")
     if flops:
-        text += f" A step of the paper's variant is {flops[0]:.1f} times the arithmetic of one of SFT."
-    return text
+        notes.append(f"A step of the paper's variant is {flops[0]:.1f} times the arithmetic of one of SFT.")
+    return "\n\n".join(filter(None, [markdown(head, lines), " ".join(notes)]))
 
 
-def _core_row(results: Results, names: dict[str, str | None], title: str, seeds: Sequence[int]) -> list:
-    halves = [results.rows(names[start], start, "validation", seeds) if names.get(start) else [] for start in STARTS]
-    both = [row for rows in halves for row in rows]
-    cells = [spread([row["average"] for row in rows]) for rows in halves]
-    seconds = f"{mean(row['seconds'] for row in both):.0f}" if both else ""
-    return [title, *cells, both[0]["steps"] if both else "", seconds]
+def chance(results: Results, split: str) -> dict[str, float] | None:
+    """What one fixed answer scores in each skill on the samples of that split, in per cent; None where nothing has been
+    judged on it. Raises Refused where its records say two things: then they are of different samples."""
+    judged = [record for record in results.records if record["split"] == split]
+    for record in judged:
+        if record["chance"] != judged[0]["chance"]:
+            first, other = (f"{each['variant']} {each['start']} {each['seed']}" for each in (judged[0], record))
+            raise Refused(
+                f"{split} split: the chance of {other} is not that of {first}, so that they were judged on different "
+                "samples: take the records of one of the two out"
+            )
+    return judged[0]["chance"] if judged else None
 
 
-def _chance(results: Results) -> str:
-    shares = results.records[0]["chance"]
-    return f"{mean(shares[name] for name in SKILLS):.1f}"
+def _average(rows: Sequence[dict]) -> str:
+    return spread([row["average"] for row in rows])
+
+
+def _counts(halves) -> str:
+    """How many there are from each start, "3 / -"."""
+    return " / ".join(str(len(half)) if half else "-" for half in halves)
 
 
 def _by_skill(results: Results, seeds: Sequence[int]) -> str:
-    lines = []
-    chance = results.records[0]["chance"]
-    lines.append(["chance", *(f"{chance[name]:.0f}" for name in SKILLS), f"{chance['locate']:.0f}"])
-    names = ["blind", results.best_sft("apart", seeds), *CORE]
-    best = results.best_found(seeds)
-    names += [best] if best and best not in names else []
-    for name in names:
-        rows = results.rows(name, "apart", "validation", seeds) if name else []
+    shares, lines = chance(results, "validation"), []
+    if shares:
+        lines.append(["chance", "", *(f"{shares[name]:.0f}" for name in (*SKILLS, "locate"))])
+    named = ["blind", best_sft(results, "apart", seeds), *CORE, *_own(results), best_found(results, seeds)]
+    for name in dict.fromkeys(filter(None, named)):
+        rows = results.rows(name, "apart", "validation", seeds)
         if rows:
-            lines.append([TITLES.get(name, name), *_skill_cells(rows)])
-    teacher = results.rows("teacher", "", "validation", (0,))
+            lines.append([TITLES.get(name, name), len(rows), *_skill_cells(rows)])
+    teacher = results.rows(TEACHER, "", "validation", (0,))
     if teacher:
-        lines.append(["teacher", *_skill_cells(teacher)])
-    return _markdown(["variant", *SKILLS, "locate"], lines)
+        lines.append(["teacher", len(teacher), *_skill_cells(teacher)])
+    return markdown(["variant", "seeds", *SKILLS, "locate"], lines)
 
 
 def _skill_cells(rows: list[dict]) -> list[str]:
@@ -180,56 +182,63 @@ def _ablations(results: Results, seeds: Sequence[int]) -> str:
             rows = results.rows(variant.name, "apart", "validation", seeds)
             if piece in ("core", "few") or not rows:
                 continue
-            lines.append([variant.name, spread([row["average"] for row in rows]), piece, variant.why])
-    return _markdown(["variant", "average", "piece", "why it should help"], lines) if lines else "None has been run."
+            lines.append([variant.name, _average(rows), len(rows), piece, variant.why])
+    return (
+        markdown(["variant", "average", "seeds", "piece", "why it should help"], lines)
+        if lines
+        else "None has been run."
+    )
 
 
 def _confirmed(results: Results) -> str:
+    # Without the teacher, whose record says the seconds of its one training, which the validation split has counted.
+    shown = [each for each in results.records if each["split"] == "test" and each["seed"] in CONFIRM_SEEDS]
     lines = []
-    for name in dict.fromkeys(record["variant"] for record in results.records if record["split"] == "test"):
-        cells = []
-        for start in STARTS:
-            rows = results.rows(name, start if name != "teacher" else "", "test", (*CONFIRM_SEEDS, 0))
-            cells.append(spread([row["average"] for row in rows]))
-        lines.append([TITLES.get(name, name), *cells])
-    lines.sort(key=lambda line: line[1])
-    return f"Seeds {_listed(CONFIRM_SEEDS)}.\n\n" + _markdown(["variant", *STARTS.values()], lines)
-
-
-def _listed(seeds: Sequence[int]) -> str:
-    return ", ".join(map(str, seeds))
-
-
-def _markdown(head: list, lines: list[list]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+    for name in dict.fromkeys(record["variant"] for record in shown):
+        halves = [results.rows(name, start, "test", CONFIRM_SEEDS) for start in STARTS]
+        first = next(half for half in halves if half)
+        line = [TITLES.get(name, name), *map(_average, halves), _counts(halves)]
+        lines.append((bool(halves[0]), mean(row["average"] for row in first), line))
+    shares, teacher = chance(results, "test"), results.rows(TEACHER, "", "test", (0,))
+    by_chance = f"{mean(shares[name] for name in SKILLS):.1f}"
+    rows = [["chance (majority answer)", by_chance, by_chance, ""]]
+    rows += [line for *_, line in sorted(lines, key=lambda each: each[:2])]
+    rows.append(["teacher", *[_average(teacher)] * 2, len(teacher) or "-"])
+    return f"Seeds {_seeds_of(shown)}. {made(shown)}\n\n" + markdown(["variant", *STARTS.values(), STANDS_ON], rows)
 
 
 def plots(results: Results, folder: Path, size: str, seeds: Sequence[int] = SEEDS) -> list[Path]:
-    """`SIZE-bars.png`, averages with spread in both halves, and `SIZE-curves.png`, averages over steps."""
+    """`SIZE-bars.png`, averages with spread in both halves, and `SIZE-curves.png`, averages over steps; both of the
+    validation split. A row of fewer runs than `seeds` says so."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    names = [*SFT[:1], *CORE]
-    best = results.best_found(seeds)
-    names += [best] if best and best not in names else []
-    note = "" if all(record["evidence"] is True for record in results.records) else " (machinery check, not evidence)"
+    best = best_found(results, seeds)
+    names = list(dict.fromkeys([SFT[0], *CORE, *_own(results), *([best] if best else [])]))
+    is_evidence = all(record["evidence"] is True for record in results.records)
+    note = "" if is_evidence else " (machinery check, not evidence)"
 
     figure, axes = plt.subplots(figsize=(9, 0.5 * len(names) + 1.5), layout="constrained")
+    titles = {name: "SFT, best of its rates" if name == SFT[0] else TITLES.get(name, name) for name in names}
     for offset, (start, title) in enumerate(STARTS.items()):
-        shown = [results.best_sft(start, seeds) if name == "sft" else name for name in names]
-        values = [[row["average"] for row in results.rows(name, start, "validation", seeds)] for name in shown]
+        shown = [best_sft(results, start, seeds) if name == SFT[0] else name for name in names]
+        rows = [results.rows(name, start, "validation", seeds) if name else [] for name in shown]
+        values = [[row["average"] for row in each] for each in rows]
         places = [place + 0.4 * offset for place in range(len(names))]
         has = [place for place, each in zip(places, values, strict=True) if each]
         means = [mean(each) for each in values if each]
         spreads = [stdev(each) if len(each) > 1 else 0.0 for each in values if each]
         axes.barh(has, means, height=0.36, xerr=spreads, capsize=3, label=f"student starts from {title}")
-    axes.set_yticks([place + 0.2 for place in range(len(names))], [TITLES.get(name, name) for name in names])
+        for name, each in zip(names, values, strict=True):
+            titles[name] += _fewer(each, seeds, f", {title}")
+    axes.set_yticks([place + 0.2 for place in range(len(names))], list(titles.values()))
     axes.invert_yaxis()
-    axes.axvline(float(_chance(results)), color="grey", linestyle=":", label="chance")
-    teacher = results.rows("teacher", "", "validation", (0,))
+    shares = chance(results, "validation")
+    if shares:
+        axes.axvline(mean(shares[name] for name in SKILLS), color="grey", linestyle=":", label="chance")
+    teacher = results.rows(TEACHER, "", "validation", (0,))
     if teacher:
         axes.axvline(teacher[0]["average"], color="black", linestyle="--", label="teacher")
     axes.set_xlabel(f"average exact match over ten skills, %{note}")
@@ -240,22 +249,29 @@ def plots(results: Results, folder: Path, size: str, seeds: Sequence[int] = SEED
 
     figure, halves = plt.subplots(1, 2, figsize=(11, 4), sharey=True, layout="constrained")
     for axes, (start, title) in zip(halves, STARTS.items(), strict=True):
-        for name in names:
+        for place, name in enumerate(names):
             curves = [row["curve"] for row in results.rows(name, start, "validation", seeds) if row.get("curve")]
             if curves:
                 steps = [step for step, _ in curves[0]]
                 axes.plot(
                     steps,
-                    [mean(c[i][1] for c in curves) for i in range(len(steps))],
+                    [mean(curve[i][1] for curve in curves) for i in range(len(steps))],
                     "o-",
-                    label=TITLES.get(name, name),
+                    color=f"C{place}",  # one for both halves, which share a legend
+                    label=TITLES.get(name, name) + _fewer(curves, seeds, f", {title}"),
                 )
         axes.set_title(f"student starts from {title}", fontsize=10)
         axes.set_xlabel("steps")
-    halves[0].set_ylabel("average, % (330 validation samples)")
-    halves[0].legend(fontsize=7)
+    halves[0].set_ylabel(f"average, % ({CURVE[0]} validation samples)")
+    shown = {line.get_label(): line for axes in halves for line in axes.get_lines()}
+    halves[0].legend(shown.values(), shown.keys(), fontsize=7)
     figure.suptitle(f"Ten skills, size {size}{note}", fontsize=10)
     curves = folder / f"{size}-curves.png"
     figure.savefig(curves, dpi=120)
     plt.close(figure)
     return [bars, curves]
+
+
+def _fewer(runs: Sequence, seeds: Sequence[int], where: str = "") -> str:
+    """ " (1 of 3 seeds)" for a mean of fewer runs than there are seeds."""
+    return f" ({len(runs)} of {len(seeds)} seeds{where})" if 0 < len(runs) < len(seeds) else ""

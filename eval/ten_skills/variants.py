@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from eval.records import Refused, named
 from eval.ten_skills.own_methods import LlavaKD, Scheduled, SeenOnly
+from switchkd.losses.named import divergence
 from switchkd.methods import SupervisedMethod, SwitchKD
 from switchkd.models.adapter import fit_switch_adapter
 
@@ -18,10 +21,11 @@ from switchkd.models.adapter import fit_switch_adapter
 class Variant:
     """One row of the tables.
 
-    options: of `SwitchKD`; None is cross entropy alone. lr: times the size's rate. freeze: parts of the student.
-    blank: trained and judged with blank pictures. equal_flops: as many steps as the paper's variant has arithmetic.
-    narrow: the student's tower is narrower than the teacher's and enters the switch through a fitted adapter.
-    kind: the method, where it is one of the bench's own; options are its.
+    options: of `SwitchKD`; None is cross entropy alone. align and switch may be functions of yours that a module holds
+    by name, or "package.module:function"; settings know them by their source (`eval.records.named`). lr: times the
+    size's rate. freeze: parts of the student. blank: trained and judged with blank pictures. equal_flops: as many steps
+    as the paper's variant has arithmetic. narrow: the student's tower is narrower than the teacher's and enters the
+    switch through a fitted adapter. kind: the method, where it is one of the bench's own; options are its.
     """
 
     name: str
@@ -38,6 +42,9 @@ class Variant:
     def settings(self) -> dict:
         """What decides a run's result."""
         kept = {name: value for name, value in asdict(self).items() if name not in ("name", "why", "starts")}
+        if self.options is not None:
+            # A name of a function says nothing of its source.
+            kept["options"] = {key: divergence(each) if _is_own(each) else each for key, each in self.options.items()}
         return kept | {"kind": self.kind.__name__}
 
     def method(
@@ -50,6 +57,11 @@ class Variant:
         if self.narrow:
             options["switch_adapter"] = fit_switch_adapter(student, teacher, [pixels])
         return self.kind(student, teacher, **options)
+
+
+def _is_own(value: Any) -> bool:
+    """Whether an option is "package.module:function"."""
+    return isinstance(value, str) and ":" in value
 
 
 def _pair(align: str | None, switch: str | None, **options) -> dict:
@@ -226,6 +238,34 @@ PIECES: dict[str, tuple[Variant, ...]] = {
     ),
 }
 VARIANTS: dict[str, Variant] = {variant.name: variant for piece in PIECES.values() for variant in piece}
+
+
+def variant(name: str) -> Variant:
+    """One of VARIANTS, or for "package.module:function" the paper's setting with that divergence for both terms.
+
+    Raises Refused for an unknown name, and where the function is not there or has no name (`eval.records.named`).
+    """
+    if name in VARIANTS:
+        return VARIANTS[name]
+    if not _is_own(name):
+        near = difflib.get_close_matches(name, VARIANTS, 1)
+        raise Refused(
+            f"unknown variant {name!r}{f' (did you mean {near[0]}?)' if near else ''}: give one of "
+            f"{', '.join(VARIANTS)}, or a function of yours as package.module:function"
+        )
+    try:
+        named(divergence(name))
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    return Variant(name, "a divergence of your own for both terms", _pair(name, name), starts=_APART)
+
+
+def listens(name: str) -> bool:
+    """Whether the variant has a teacher to listen to, with a tower of its width: the best is sought among these."""
+    known = VARIANTS.get(name)
+    return known is None or (known.options is not None and not known.narrow)
+
+
 # The rows that say most, for a size that has no time for all.
 PIECES["few"] = tuple(
     replace(VARIANTS[name], starts=starts)
@@ -237,4 +277,4 @@ PIECES["few"] = tuple(
     }.items()
 )
 
-SFT = ("sft", "sft_low_lr", "sft_high_lr")  # the table shows the best of the three
+SFT = ("sft", "sft_low_lr", "sft_high_lr")  # the table shows the best of those that have run

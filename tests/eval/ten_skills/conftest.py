@@ -11,7 +11,7 @@ def bench(tmp_path):
 
     from eval.ten_skills.bench import Bench
 
-    return Bench(TINY, tmp_path / "out", tmp_path / "work")
+    return Bench(TINY, tmp_path / "work")
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,28 @@
-import json
 from dataclasses import replace
 
 import pytest
 import torch
 from tiny_size import TINY
 
+from eval.records import Job
 from eval.ten_skills import world
-from eval.ten_skills.bench import NOT_EVIDENCE, Bench, Run
+from eval.ten_skills.bench import NOT_EVIDENCE, Bench
 from eval.ten_skills.fast_step import average
 
 
 def test_a_run_is_the_same_twice_and_another_seed_is_not(bench, tmp_path):
-    run = Run("switch_kd", "apart", 0, "validation")
-    first = bench.run(run)
+    job = Job("switch_kd", "apart", 0, "validation")
+    first = bench.run(job)
     torch.manual_seed(99)  # what came before must not matter
-    again = Bench(TINY, tmp_path / "out2", tmp_path / "work2").run(run)
-    other = bench.run(Run("switch_kd", "apart", 1, "validation"))
+    again = Bench(TINY, tmp_path / "work2").run(job)
+    other = bench.run(Job("switch_kd", "apart", 1, "validation"))
     assert (first["average"], first["weights"]) == (again["average"], again["weights"])
     assert first["weights"] != other["weights"]
-    kept = json.loads((tmp_path / "out" / run.file).read_text())
-    wanted = "size variant start seed average skills chance commit machine seconds steps lr split settings curve"
-    assert set(wanted.split()) <= set(kept)
-    assert kept["evidence"] == NOT_EVIDENCE
-    assert kept["average"] == pytest.approx(average(kept["skills"]))
-    assert list(kept["skills"]) == list(world.SKILLS)
+    wanted = "size average skills locate chance steps lr curve losses weights"
+    assert set(wanted.split()) <= set(first)
+    assert first["evidence"] == NOT_EVIDENCE
+    assert first["average"] == pytest.approx(average(first["skills"]))
+    assert list(first["skills"]) == list(world.SKILLS)
 
 
 def test_variants_of_a_seed_begin_at_the_same_student(bench):
@@ -36,7 +35,7 @@ def test_variants_of_a_seed_begin_at_the_same_student(bench):
 
 def test_a_blind_student_stays_near_chance(bench):
     size = replace(TINY, steps=150, samples=2200, batch_size=32, judged=2200, start_steps=0, lr=1e-2)
-    blind = Bench(size, bench.out, bench.work.parent).run(Run("blind", "apart", 0, "validation"))
+    blind = Bench(size, bench.work.parent).run(Job("blind", "apart", 0, "validation"))
     chance = average(blind["chance"])
     assert chance - 6 < blind["average"] < chance + 3
     assert all(blind["skills"][name] < blind["chance"][name] + 8 for name in world.SKILLS)
@@ -45,4 +44,4 @@ def test_a_blind_student_stays_near_chance(bench):
 def test_equal_flops_takes_more_steps(bench):
     ratio = bench.flops_ratio()
     assert 1.5 < ratio < 10
-    assert bench.run(Run("sft_equal_flops", "apart", 0, "validation"))["steps"] == round(TINY.steps * ratio)
+    assert bench.run(Job("sft_equal_flops", "apart", 0, "validation"))["steps"] == round(TINY.steps * ratio)

@@ -5,11 +5,12 @@ import pytest
 import torch
 from tiny_size import TINY
 
+from eval.records import Refused, digest
 from eval.ten_skills import models
 from eval.ten_skills.fast_step import Feed, draw
-from eval.ten_skills.own_methods import LlavaKD, Scheduled
+from eval.ten_skills.own_methods import LlavaKD, Scheduled, SeenOnly
 from eval.ten_skills.sizes import SIZES
-from eval.ten_skills.variants import PIECES, VARIANTS
+from eval.ten_skills.variants import PIECES, VARIANTS, Variant, listens, variant
 from switchkd.methods import SwitchKD
 from switchkd.models import freeze
 
@@ -23,21 +24,21 @@ def test_both_sizes_build_and_every_variant_takes_a_step(name):
     if name == "gpu":
         assert 5e6 < parameters < 8e6
     feed = Feed.of(draw("train", 11, 0, size.image), size.image_tokens)
-    for variant in VARIANTS.values():
-        if name == "gpu" and variant.name not in ("switch_kd", "narrow_switch", "kl_seen"):
+    for row in VARIANTS.values():
+        if name == "gpu" and row.name not in ("switch_kd", "narrow_switch", "kl_seen"):
             continue
-        student = models.build_model(size, size.student, size.narrow if variant.narrow else size.vision)
-        freeze(student, variant.freeze)
+        student = models.build_model(size, size.student, size.narrow if row.narrow else size.vision)
+        freeze(student, row.freeze)
         batch = feed.batch(slice(0, 11))
-        terms = variant.method(student, teacher, batch["pixel_values"])(**batch)
+        terms = row.method(student, teacher, batch["pixel_values"])(**batch)
         terms.loss.backward()
         assert torch.isfinite(terms.loss)
-        options = variant.options or {}
+        options = row.options or {}
         wanted = {"ce"} | {key for key in ("align", "switch", "feature") if options.get(key)}
         wanted |= {key for key in ("visual", "relation") if options.get(f"{key}_weight")}
-        assert set(terms.named) == wanted, variant.name
+        assert set(terms.named) == wanted, row.name
         tower = student.model.vision_tower.embeddings.patch_embedding.weight
-        assert (tower.grad is None) == bool(variant.freeze), variant.name
+        assert (tower.grad is None) == bool(row.freeze), row.name
 
 
 def test_pieces_name_each_variant_once_but_for_the_few():
@@ -96,3 +97,33 @@ def test_positions_count_where_the_picture_changes_the_teacher(samples):
     assert seen(**batch).named["align"] == pytest.approx(float(plain["align"]), rel=1e-4)
     seen.nats = math.inf
     assert seen(**batch).named["align"] == 0.0 == seen(**batch).named["switch"]
+
+
+def squared(student_logits, teacher_logits):
+    return (student_logits - teacher_logits).pow(2).mean(dim=-1)
+
+
+def test_a_function_works_as_a_variant_and_its_name_is_the_same_one(samples):
+    torch.manual_seed(0)
+    student = models.build_model(TINY, TINY.student, TINY.vision)
+    teacher = models.build_model(TINY, TINY.teacher, TINY.vision)
+    batch = Feed.of(samples, TINY.image_tokens).batch(slice(0, 22))
+    name = f"{__name__}:squared"
+    given = Variant("mine", "why", {"align": squared, "switch": squared})
+    assert variant(name).settings() == given.settings()
+    assert digest(variant(name).settings()) == digest(given.settings())
+    both = [each.method(student, teacher, batch["pixel_values"])(**batch).named for each in (given, variant(name))]
+    assert both[0].keys() == {"ce", "align", "switch"}
+    assert both[0] == both[1]
+    seen = Variant("mine_seen", "why", {"align": squared, "switch": name}, kind=SeenOnly)
+    assert seen.method(student, teacher, batch["pixel_values"])(**batch).named.keys() == {"ce", "align", "switch"}
+    plain = Variant("kl", "why", {"align": "forward_kl", "switch": None})
+    assert plain.settings()["options"] == {"align": "forward_kl", "switch": None}
+    assert listens(name)
+
+
+def test_a_function_that_a_table_could_not_know_again_is_refused():
+    with pytest.raises(ValueError, match="give a function that its module holds by name"):
+        digest(Variant("mine", "why", {"align": lambda student, teacher: student}).settings())
+    with pytest.raises(Refused, match="OrderedDict.* stands in a variant: give a function that its module holds by"):
+        variant("collections:OrderedDict")
