@@ -4,7 +4,7 @@ A table is a file of variants and a bench: an object, or a module, with
 
     device                   what it computes on, "cpu" or "cuda"
     settings(job) -> dict    all that decides the job's record
-    run(job) -> dict         trains and judges; what the record says beside what is written here
+    run(job) -> dict         trains and judges: "average", by which variants are compared, and what else the record says
 
 and, where jobs share work, with methods that its steps call (`Step`). A job that has a record is skipped; one whose
 record is of other settings is refused, so that results that do not belong together never share a table.
