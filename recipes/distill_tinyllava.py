@@ -25,10 +25,7 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs every stage that is not finished yet, judges, and returns the run's folder."""
-    config = load_config(argv, default=QUICKSTART)
-    if not config.distils:
-        raise ValueError("distil is null, so that nothing is distilled: run recipes/train_vlm.py")
-    return train(config)
+    return train(load_config(argv, default=QUICKSTART), distils=True)
 
 
 if __name__ == "__main__":

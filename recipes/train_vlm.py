@@ -19,14 +19,7 @@ from switchkd.train import one_line, train
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Runs every stage that is not finished yet, judges, and returns the run's folder."""
-    config = load_config(argv)
-    if config.distils:
-        learning = next(stage.name for stage in config.stages() if stage.method)
-        raise ValueError(
-            f"stage {learning} learns from a teacher, and this recipe has none: set {learning} to null, or run "
-            "recipes/distill_tinyllava.py"
-        )
-    return train(config)
+    return train(load_config(argv), distils=False)
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ from switchkd.data.images import load_image
 from switchkd.data.sources import load_conversations
 from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.students import build_processor
-from switchkd.rehearsal import rehearse
 from switchkd.tasks.vlm_config import Run
+from switchkd.tasks.vlm_rehearsal import rehearse
 from switchkd.terminal import printable
 
 OPENS, CLOSES = "\u27e6", "\u27e7"  # around every run of answer tokens; no text of a data set is likely to hold them

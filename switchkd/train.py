@@ -8,16 +8,27 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from switchkd.runs import Stopped
+from switchkd.runs import RunFolder, Stopped
 from switchkd.tasks import task_of
 from switchkd.tasks.vlm_config import Run
 
 
-def train(config: Run) -> Path:
+def train(config: Run, *, distils: bool | None = None) -> Path:
     """Runs every stage of `config` that is not finished yet, judges, and returns the run's folder.
 
-    Raises ValueError and OSError, before anything is trained, for what cannot run.
+    distils: whether a stage has to learn from a teacher, as a recipe says; None: either way. Raises ValueError and
+    OSError, before anything is trained, for what cannot run.
     """
+    if not config.tiny:  # a rehearsal has another name
+        RunFolder.check(config)
+    if distils and not config.distils:
+        raise ValueError("distil is null, so that nothing is distilled: run recipes/train_vlm.py")
+    if distils is False and config.distils:
+        learning = next(stage.name for stage in config.stages() if stage.method)
+        raise ValueError(
+            f"stage {learning} learns from a teacher, and this recipe has none: set {learning} to null, or run "
+            "recipes/distill_tinyllava.py"
+        )
     from transformers.utils import logging
 
     from switchkd.training.stages import train_run

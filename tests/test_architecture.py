@@ -11,16 +11,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("switchkd", "recipes", "eval", "tests")
 # From the ground up; a room may import those before its own. Files that stand alone are rooms of their own.
 FLOORS = (
-    {"lazy", "terminal", "config_file"},
+    {"lazy", "terminal", "config_file", "digest"},
     {"config", "configs"},
     {"runs"},
     {"losses", "data"},
     {"models"},
     {"methods"},
     {"training", "evaluation"},
-    {"rehearsal", "tasks"},
+    {"tasks"},
     {"plan", "inspect", "ask", "convert", "train"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 )
 
 

@@ -102,7 +102,7 @@ def test_paths_are_relative_to_their_file_and_hub_names_stay(tmp_path, monkeypat
 
 
 def test_variables_and_absolute_paths_stay(tmp_path):
-    (tmp_path / "run.yaml").write_text("name: a\ndata: {root: $DATA/x}\nteacher: {path: /no/where}\n")
+    (tmp_path / "run.yaml").write_text("name: a\ndata: {source: voc, root: $DATA/x}\nteacher: {path: /no/where}\n")
     run = load_config(["--config", str(tmp_path / "run.yaml")])
     assert (run.data.root, run.teacher.path) == ("$DATA/x", "/no/where")
 

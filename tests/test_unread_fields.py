@@ -7,7 +7,7 @@ import pytest
 from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.config import StudentConfig, TeacherConfig
-from switchkd.rehearsal import _tiny_data
+from switchkd.tasks.vlm_rehearsal import _tiny_data
 
 VOC = MixtureConfig("voc", root="a", split="train")
 

@@ -82,10 +82,11 @@ def _introduced(results: Results, seeds: Sequence[int]) -> str:
     ]
     if not shown:
         return "Nothing has been run on the validation split yet."
-    return (
-        "Average exact match over ten skills in per cent, mean ± standard deviation over seeds "
-        f"{_seeds_of(shown) or 'of the students (none has run)'} on the validation split. {made(shown)}"
-    )
+    seeds_run = _seeds_of(shown)
+    over = f"mean ± standard deviation over seeds {seeds_run}" if "," in seeds_run else f"seed {seeds_run} alone"
+    if not seeds_run:
+        over = "the teacher alone"
+    return f"Average exact match over ten skills in per cent, {over} on the validation split. {made(shown)}"
 
 
 def _seeds_of(records: Sequence[dict]) -> str:

@@ -11,7 +11,6 @@ from types import ModuleType
 
 from switchkd import config
 from switchkd.config_file import read_yaml
-from switchkd.runs import RunFolder
 from switchkd.tasks.vlm_config import Run
 
 
@@ -29,8 +28,7 @@ def load_config(
     elif any(word.partition("=")[0] == "--resume" for word in argv):
         named = config.load(Run, [*given, *argv], prog=prog)
         own = named.folder / "config.yaml"
-        if named.resume and (own.is_file() or not given):
-            RunFolder.check(named)
+        if named.resume and own.is_file():
             given = ["--config", str(own)]
     run = config.load(Run, [*given, *argv], prog=prog)
     teacher = run.teacher

@@ -25,10 +25,10 @@ from switchkd.models.lora import add_lora, check_lora, merge_lora, save_adapter
 from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.students import build_student as build_model
 from switchkd.models.tiny import TEACHER
-from switchkd.rehearsal import rehearse
 from switchkd.runs import RESULTS, RunFolder
 from switchkd.tasks.vlm_config import Run
 from switchkd.tasks.vlm_data import StageData
+from switchkd.tasks.vlm_rehearsal import rehearse
 from switchkd.training.trainer import DistillTrainer
 
 __all__ = [

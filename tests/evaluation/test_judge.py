@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from switchkd.data.conversations import Conversation
+from switchkd.data import Conversation
 from switchkd.evaluation import judge as judging
 from switchkd.evaluation.config import JudgeConfig
 from switchkd.evaluation.generate import Answer

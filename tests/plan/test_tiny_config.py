@@ -17,10 +17,10 @@ from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.students import build_student
 from switchkd.plan import make_plan
 from switchkd.plan.gpus import ALLOWANCE
-from switchkd.rehearsal import rehearse
 from switchkd.tasks import load_config
 from switchkd.tasks.vlm import method_of
 from switchkd.tasks.vlm_data import StageData
+from switchkd.tasks.vlm_rehearsal import rehearse
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from switchkd.models import shared_vocab
-from switchkd.rehearsal import rehearse
 from switchkd.tasks import load_config
+from switchkd.tasks.vlm_rehearsal import rehearse
 
 PAIRS = ("tinyllava_3b_to_0.5b", "tinyllava_3b_to_0.5b_lora", "clip_7b_to_1.5b", "llava_7b_to_1.1b")
 FOLDERS = {"pretrain": "pretrain", "sft": "sft", "undistilled": "undistilled", "distil": "student"}  # by stage

@@ -133,6 +133,15 @@ def test_the_confirmation_counts_its_own_seeds_alone_and_sorts_by_number(path):
     assert "| chance (majority answer) | - | - |" in text
 
 
+def test_one_seed_is_no_mean(path):
+    record(path, "teacher", "", 0, 70.0)
+    assert "in per cent, the teacher alone on the validation split" in table(Results.of(path), "cpu")
+    record(path, "sft", "apart", 1, 40.0)
+    assert "in per cent, seed 1 alone on the validation split" in table(Results.of(path), "cpu")
+    record(path, "sft", "apart", 2, 40.0)
+    assert "mean ± standard deviation over seeds 1, 2 on the" in table(Results.of(path), "cpu")
+
+
 def test_records_of_other_samples_share_no_table(path):
     record(path, "sft", "apart", 0, 40.0)
     record(path, "sft", "apart", 3, 40.0, split="test")  # another split has another chance
