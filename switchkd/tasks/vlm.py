@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +24,8 @@ from switchkd.models.adapter import LinearAdapter, fit_switch_adapter
 from switchkd.models.config import TeacherConfig
 from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora, check_lora, merge_lora, save_adapter
-from switchkd.models.pair import as_teacher_reads, teacher_processor
+from switchkd.models.pair import as_teacher_reads
+from switchkd.models.processor_checks import check_processor
 from switchkd.models.students import build_student as build_model
 from switchkd.models.tiny import TEACHER
 from switchkd.runs import RESULTS, RunFolder
@@ -75,10 +78,12 @@ def load(config: Run) -> Loaded:
     if distilled:
         source = (str(config.teacher.path or TEACHER), _dtype(distilled[0]))
         teacher, teachers_processor = _load_teacher(config.teacher, *source)
+        check_processor(teacher, teachers_processor, "teacher")
         config = replace(config, student=as_teacher_reads(config.student, config.teacher, teachers_processor))
         stages = config.stages()
     set_seed(config.seed)
     student, processor = build_model(config.student)
+    check_processor(student, processor, "student")
     if distilled:
         shared = shared_vocab(processor.tokenizer, teachers_processor.tokenizer)
         same_inputs(processor, teachers_processor)
@@ -87,6 +92,7 @@ def load(config: Run) -> Loaded:
             freeze(student, stage.freeze)
             method_of(stage, student, teacher, shared)
     check_lora(student, stages)
+    _check_export(config, student, processor)
     del student
     data = StageData(config, stages, processor)
     questions = data.questions(config.last.data)
@@ -166,6 +172,21 @@ def judge(loaded: Loaded, run: RunFolder) -> None:
     judge_models(run, rows, loaded.questions)
 
 
+def _check_export(config: Run, student: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    """Tries what ends every stage: OSError where its processor cannot be saved, or where the disk of `out` has no room
+    for the stages' stock checkpoints, which are float32."""
+    with tempfile.TemporaryDirectory() as folder:
+        processor.save_pretrained(folder)
+    stages = [stage for stage in config.stages() if stage.name != "teacher"]
+    needed = 4 * len(stages) * sum(parameter.numel() for parameter in student.parameters())
+    there = next(each for each in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if each.exists())
+    if (free := shutil.disk_usage(there).free) < needed:
+        raise OSError(
+            f"out is {config.out}, whose disk has {free / 1e9:.1f} GB free, and {len(stages)} stages leave students of "
+            f"{needed / 1e9:.1f} GB: free some, or give another --out"
+        )
+
+
 def method_of(
     stage: Stage,
     student: LlavaForConditionalGeneration,
@@ -208,7 +229,7 @@ def _load_teacher(
             f"teacher.path is {path}, which does not exist: make it with accelerate launch recipes/train_vlm.py "
             f"--config {teacher.made_by}, or name another teacher"
         )
-    return load_llava(path, dtype)[0], teacher_processor(replace(teacher, path=str(path)))
+    return load_llava(path, dtype, field="teacher.path", chat_template=teacher.chat_template)
 
 
 def fit_adapter(
