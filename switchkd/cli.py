@@ -79,7 +79,7 @@ def _list_fields(ctx: typer.Context, wanted: bool) -> None:
         load_config(["--help"], prog=f"switchkd {ctx.info_name}")  # ends the process
 
 
-CONFIG = Annotated[Path, typer.Option("--config", metavar="FILE", help="YAML file of the run.")]
+CONFIG = Annotated[str, typer.Option("--config", metavar="FILE", help="YAML file of the run, or a shipped one.")]
 FIELDS = Annotated[
     bool,
     typer.Option("--fields", callback=_list_fields, is_eager=True, help="List the fields of a run's configuration."),
@@ -235,10 +235,11 @@ def configs(
     Console().print(table)
 
 
-def _run_config(ctx: typer.Context, config: Path):
+def _run_config(ctx: typer.Context, config: str):
+    from switchkd.configs import find
     from switchkd.tasks import load_config
 
-    return load_config(["--config", str(config), *ctx.args], prog=f"switchkd {ctx.info_name}")
+    return load_config(["--config", str(find(config)), *ctx.args], prog=f"switchkd {ctx.info_name}")
 
 
 def _quiet_loading() -> None:
