@@ -23,7 +23,6 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from switchkd.config import TrainConfig
 from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.data.conversations.sample_llava import CAPTIONS, INSTRUCTIONS, write_llava_sample
 from switchkd.evaluation.config import JudgeConfig
@@ -31,6 +30,7 @@ from switchkd.models import assemble_llava
 from switchkd.models.shapes import part_config, student_config, teacher_config
 from switchkd.models.tiny import tiny_llama_tokenizer, tiny_tokenizer
 from switchkd.tasks.vlm_config import Run, StageConfig
+from switchkd.training.config import TrainConfig
 
 SAMPLES = 12
 SIDE, PATCH = 32, 8  # pictures of 16 visual tokens

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from switchkd.config import TrainConfig
 from switchkd.data.config import DataConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.config import TeacherConfig
 from switchkd.models.tiny import tiny_processor
 from switchkd.tasks.vlm_config import Run, StageConfig
 from switchkd.tasks.vlm_data import StageData
+from switchkd.training.config import TrainConfig
 
 STEEL = DataConfig(train_images=3, test_images=2, kinds=("exists",))
 FIRST = StageConfig(STEEL, TrainConfig(), freeze=("vision_tower", "language_model"))
