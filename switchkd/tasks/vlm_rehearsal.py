@@ -196,6 +196,8 @@ def _tiny_train(train: TrainConfig) -> TrainConfig:
         lora_rank=train.lora_rank and min(train.lora_rank, 4),
         lora_alpha=None,
         logging_steps=1,
+        eval_every=min(train.eval_every, 1),
+        eval_samples=2 if train.eval_every else None,
         checkpoint_every=1,
         data_workers=0,
     )

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from switchkd import Terms
-from switchkd.training import DistillTrainer, checkpoints
+from switchkd.training import DistillTrainer, checkpoints, zero
 from switchkd.training.contract import check_method
 
 # ---- Terms
@@ -170,6 +170,20 @@ def test_several_teachers_stay_out_of_the_state():
     state = method.state_dict()
     checkpoints.drop_frozen(method, state)
     assert state.keys() == {name for name in method.state_dict() if not name.startswith(("teacher.", "tutor."))}
+
+
+def test_what_deepspeed_saves_has_no_teacher_and_the_method_is_as_before():
+    class Engine:
+        def save_checkpoint(self, folder, exclude_frozen_parameters):
+            self.saved = {**method.state_dict()}, exclude_frozen_parameters
+
+    method, engine = TwoTeachers(), Engine()
+    before = list(method.state_dict())
+    assert "tutor.1.running_mean" in before
+    zero.save_engine(engine, method, "nowhere")
+    assert list(engine.saved[0]) == [name for name in before if not name.startswith(("teacher.", "tutor."))]
+    assert engine.saved[1]
+    assert list(method.state_dict()) == before
 
 
 def refused(method, tmp_path):
