@@ -21,18 +21,10 @@ from switchkd.training.rates import milestone_steps
 DECIDING = (
     *("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *("world_size", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps"),
-    *(
-        "weight_decay",
-        "optim",
-        "optim_args",
-        "torch_compile",
-        "adam_beta1",
-        "adam_beta2",
-        "adam_epsilon",
-        "max_grad_norm",
-    ),
-    *("seed", "data_seed", "bf16", "fp16", "dataloader_drop_last"),
+    *("weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("torch_compile", "seed", "data_seed", "bf16", "fp16", "dataloader_drop_last"),
 )
+
 # Modules that the optimizers are in; of all others bitsandbytes.
 MODULES = {
     **dict.fromkeys(("adamw_torch", "adamw_torch_fused", "adagrad", "rmsprop", "sgd"), "torch"),

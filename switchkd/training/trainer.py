@@ -270,6 +270,7 @@ class DistillTrainer(Trainer):
         ValueError when the checkpoint is torn or another run's, and when a fresh start would mix with an
         earlier run's checkpoints; `Interrupted` when Ctrl-C or SIGTERM ended it, naming the checkpoint it left.
         """
+        check_method(self.method)  # as it is now: what was frozen when it was given may not be any more
         checkpoint = chosen_checkpoint(Path(self.args.output_dir), resume_from_checkpoint, self.is_world_process_zero())
         if checkpoint:
             refuse_other_run(checkpoint, self._run())

@@ -203,6 +203,13 @@ def test_a_frozen_child_that_would_train_is_refused(tmp_path):
     assert "ToyMethod.frozen names 'teacher', of which" in refused(method, tmp_path)
 
 
+def test_a_teacher_that_is_thawed_later_is_refused_when_training_begins(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.method.teacher.requires_grad_(True)
+    with pytest.raises(ValueError, match="ToyMethod.frozen names 'teacher', of which"):
+        trainer.train()
+
+
 def test_a_frozen_child_in_training_mode_is_refused_and_the_mode_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(ToyMethod, "train", nn.Module.train)
     method = ToyMethod().eval()
