@@ -31,7 +31,6 @@ from transformers import SiglipVisionModel, set_seed
 from transformers.utils import logging as transformers_logging
 
 from switchkd import SupervisedMethod
-from switchkd.config import TrainConfig
 from switchkd.data import Collator, ConversationDataset, DefectImage, join_turns, to_conversations
 from switchkd.data.steel import CLASSES, render_steel
 from switchkd.evaluation import generate_answers, score_answers
@@ -44,7 +43,8 @@ from switchkd.models.tiny import (
     tiny_processor,
     tiny_vision_config,
 )
-from switchkd.training import DistillTrainer, part_rates, training_arguments
+from switchkd.training import DistillTrainer, training_arguments
+from switchkd.training.config import TrainConfig
 from switchkd.training.memory import keep_freed_memory
 
 TRAIN_SEED, TEST_SEED = 2, 3  # of the pictures; data.sources uses 10 * image_seed + 0 and + 1
@@ -199,7 +199,7 @@ def train_teacher(
     dataset = ConversationDataset(conversations, processor)
     samples = [dataset[index] for index in tqdm(range(len(dataset)), desc="encoding", unit="sample")]
     settings = TrainConfig(
-        steps=options.teacher_steps, batch_size=32, lr=2e-3, encoder_lr=4e-4, warmup_ratio=0.05, weight_decay=0.05,
+        steps=options.teacher_steps, batch_size=32, lr=2e-3, warmup_ratio=0.05, weight_decay=0.05,
         logging_steps=100, checkpoint_every=0,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -209,7 +209,7 @@ def train_teacher(
             train_dataset=samples,
             processing_class=processor,
             data_collator=Collator(processor.tokenizer.pad_token_id),
-            part_rates=part_rates(settings),
+            part_rates={"student.model.vision_tower": 4e-4},
         )
         trainer.train()
         losses = [round(record["loss"], 4) for record in trainer.state.log_history if "loss" in record]

@@ -1,4 +1,4 @@
-"""What every run's configuration has: how it is read, kept and compared, and how it trains.
+"""What every run's configuration has: how it is read, kept and compared.
 
 A task's configuration (`switchkd.tasks`) is a dataclass of sections, each the dataclass of its owner. The text under a
 field is its help text. A YAML file has the same nesting, `--train.lr 1e-3` on the command line wins over it, and a key
@@ -10,14 +10,13 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-import math
 import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_origin, get_type_hints
 
 from switchkd.config_file import absolute, dataclass_in, from_file, read_yaml, with_paths, write_yaml
 
@@ -26,107 +25,6 @@ if TYPE_CHECKING:
 
 Run = TypeVar("Run")
 Section = TypeVar("Section")
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """Optimisation, the same for every method."""
-
-    steps: int | None = None
-    """Optimizer steps; left out, `epochs` passes over the samples."""
-    epochs: float = 1.0
-    """Passes over the samples where `steps` is left out."""
-    batch_size: int = 16
-    """Samples of one process in one micro-batch."""
-    gradient_accumulation_steps: int = 1
-    """Micro-batches of one optimizer step; answer tokens of all of them weigh the same."""
-    global_batch_size: int | None = None
-    """Samples of one optimizer step over all processes, whatever their number: sets the accumulation steps."""
-    group_by_length: bool = False
-    """Batches of samples of about one length, in random order: less padding where lengths differ."""
-    lr: float = 1e-3
-    """Peak learning rate."""
-    encoder_lr: float | None = None
-    """Learning rate of the student's vision tower; left out, lr."""
-    projector_lr: float | None = None
-    """Learning rate of the student's projector; left out, lr."""
-    lora_rank: int | None = None
-    """Train `lora_parts` through LoRA adapters of this rank, merged at the end of the stage; left out, all weights."""
-    lora_alpha: float | None = None
-    """Scale of the adapters, alpha over rank; left out, twice the rank."""
-    lora_dropout: float = 0.0
-    """Dropout before each adapter."""
-    lora_parts: tuple[str, ...] | None = None
-    """Parts of the student that have adapters, their own weights frozen: vision_tower, projector, language_model; left
-    out, the language model alone."""
-    scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    """How the rate falls after the warm-up."""
-    warmup_ratio: float = 0.03
-    """Share of the steps in which the rate rises to its peak."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay; norms and biases are not decayed."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0: never."""
-    logging_steps: int = 10
-    """Steps between two records in log.jsonl."""
-    checkpoint_every: int = 100
-    """Steps between two checkpoints; 0: none."""
-    keep_checkpoints: int = 2
-    """Newest checkpoints that stay on the disk."""
-    data_workers: int | None = None
-    """Processes that decode and encode samples beside training; left out, 4 with a GPU and 0 without."""
-    gradient_checkpointing: bool = False
-    """Recompute the student's activations in backward: less memory, more time."""
-    bf16: bool = False
-    """Compute in bfloat16 under autocast, with the teacher's weights in bfloat16; the student's stay in float32,
-    but under DeepSpeed, which trains them in bfloat16 with float32 copies."""
-
-    def __post_init__(self):
-        least = {"steps": 1, "batch_size": 1, "gradient_accumulation_steps": 1, "logging_steps": 1}
-        least |= {"checkpoint_every": 0, "keep_checkpoints": 1, "weight_decay": 0, "max_grad_norm": 0}
-        least |= {"global_batch_size": 1, "lora_rank": 1}
-        at_least("train", self, **least)
-        for name in ("lr", "encoder_lr", "projector_lr"):
-            if (rate := getattr(self, name)) is not None and rate <= 0:
-                raise ValueError(f"train.{name} is {rate}, it must be above 0; freeze keeps a part as it is")
-        for name in ("epochs", "lora_alpha"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                raise ValueError(f"train.{name} is {value}, it must be above 0")
-        if self.global_batch_size and self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"train.global_batch_size is {self.global_batch_size} and train.gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps}: keep one of them, the first decides the second"
-            )
-        if self.lora_rank is None:
-            for name in ("lora_alpha", "lora_dropout", "lora_parts"):
-                if value := getattr(self, name):
-                    raise ValueError(f"train.{name} is {value} but train.lora_rank is left out: give it too")
-        if self.lora_parts == ():
-            raise ValueError("train.lora_parts names no part: name one, or leave it out for the language model")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"train.lora_dropout is {self.lora_dropout}, it must be 0 or more and below 1")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"train.warmup_ratio is {self.warmup_ratio}, it must be 0 or more and below 1")
-
-    def settled(self, samples: int, processes: int = 1) -> TrainConfig:
-        """The same with `steps` and `gradient_accumulation_steps` as they follow from the number of `samples` of the
-        stage and of `processes`; epochs and global batch size are then spent.
-
-        Raises ValueError where the global batch size is no multiple of a micro-batch of all processes.
-        """
-        micro_batch = self.batch_size * processes
-        accumulation = self.gradient_accumulation_steps
-        if self.global_batch_size:
-            if self.global_batch_size % micro_batch:
-                raise ValueError(
-                    f"train.global_batch_size is {self.global_batch_size} but {processes} processes of "
-                    f"train.batch_size {self.batch_size} make {micro_batch} samples at once: choose a batch size that "
-                    "divides it"
-                )
-            accumulation = self.global_batch_size // micro_batch
-        an_epoch = math.ceil(math.ceil(samples / micro_batch) / accumulation)  # each begins a step of its own
-        steps = self.steps or max(1, math.ceil(self.epochs * an_epoch))
-        return replace(self, steps=steps, gradient_accumulation_steps=accumulation, global_batch_size=None)
 
 
 @dataclass(frozen=True)
@@ -144,7 +42,7 @@ class Stage:
     start: str | None
     folder: str
     data: Any
-    train: TrainConfig
+    train: Any
     freeze: tuple[str, ...] = ()
     method: Any = None
     own: frozenset[str] = frozenset()
@@ -265,7 +163,7 @@ def save_config(config: Any, path: str | os.PathLike, **instead: Any) -> None:
 def weight_fields(config: Any) -> dict[str, Any]:
     """The fields that decide a run's weights, by dotted name: all but names, places, judging and what is kept."""
     free = (".root", ".made_by", "data.in_memory", "train.data_workers", "train.keep_checkpoints")
-    free += ("train.logging_steps", "train.checkpoint_every")
+    free += ("train.logging_steps", "train.checkpoint_every", "train.report_to")
     free_sections = ("name", "out", "resume", "threads", "tiny", "undistilled", "judge")
     flat: dict[str, Any] = {}
     plain = with_paths(_plain(asdict(config)), type(config), absolute)  # one path, however it was written

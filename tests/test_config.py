@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from switchkd.config import TrainConfig, save_config, weight_fields
+from switchkd.config import save_config, weight_fields
 from switchkd.data.config import DataConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.config import StudentConfig
 from switchkd.tasks import load_config
 from switchkd.tasks.vlm_config import Run, StageConfig
-from switchkd.training import part_rates, training_arguments
+from switchkd.training.config import TrainConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "recipes" / "configs").glob("*.yaml"))
 
@@ -50,7 +50,7 @@ def test_saved_config_reads_back_equal(tmp_path):
             feature_weight=0.5,
             switch_adapter="linear",
         ),
-        train=TrainConfig(lr=1e-5, encoder_lr=1e-6, bf16=True),
+        train=TrainConfig(lr=1e-5, part_lr={"vision_tower": 1e-6}, bf16=True),
     )
     save_config(config, tmp_path / "deep" / "config.yaml")
     assert load_config(["--config", str(tmp_path / "deep" / "config.yaml")]) == config
@@ -100,7 +100,7 @@ def test_saved_config_reads_back_equal(tmp_path):
             "distil.freeze names every part of the student, so that nothing is trained",
         ),
         (["--name", "a", "--distil.freeze", "[vision]"], "distil"),
-        (["--config", "{stage}"], "sft.train.projector_lr is 0.001 but sft.freeze names projector: drop one"),
+        (["--config", "{stage}"], "sft.train.part_lr.projector is 0.001 but sft.freeze names projector: drop one"),
         (["--config", "{weight}"], "data.mixture: the weight of a.json is -1.0, it must be above 0"),
         (["--name", "a", "--train.steps", "0"], "train.steps is 0, it must be 1 or more"),
         (["--name", "a", "--train.lr", "0"], "train.lr is 0.0, it must be above 0"),
@@ -117,8 +117,8 @@ def test_saved_config_reads_back_equal(tmp_path):
         (["--name", "a", "--judge.batch_size", "0"], "judge.batch_size is 0, it must be 1 or more"),
         (["--name", "a", "--data.max_bad_rate", "1"], "data.max_bad_rate is 1.0, it must be 0 or more and below 1"),
         (
-            ["--name", "a", "--distil.freeze", "[vision_tower]", "--train.encoder_lr", "1e-5"],
-            "train.encoder_lr is 1e-05 but distil.freeze names vision_tower",
+            ["--name", "a", "--distil.freeze", "[vision_tower]", "--train.part_lr.vision_tower", "1e-5"],
+            "train.part_lr.vision_tower is 1e-05 but distil.freeze names vision_tower",
         ),
         (["--name", "a", "--student.path", "x", "--student.language_model", "y"], "student.language_model is also"),
         (["--name", "a/b"], "name is 'a/b', it must be the name of one folder"),
@@ -131,7 +131,7 @@ def test_what_is_wrong_is_one_line(tmp_path, capsys, arguments, message):
         "top": "name: a\nnmae: b\n",
         "number": "name: a\ntrain: 3\n",
         "torn": "name: a\ntrain: [1\n",
-        "stage": "name: a\nsft:\n  data: {}\n  train: {projector_lr: 1e-3}\n  freeze: [projector]\n",
+        "stage": "name: a\nsft:\n  data: {}\n  train: {part_lr: {projector: 1e-3}}\n  freeze: [projector]\n",
         "weight": "name: a\ndata: {mixture: [{source: llava, root: x, split: a.json, weight: -1}]}\n",
     }
     paths = {name: write(tmp_path / f"{name}.yaml", text) for name, text in files.items()}
@@ -186,18 +186,6 @@ def test_fields_that_decide_the_weights():
     changed = {name for name, value in weight_fields(other).items() if value != weight_fields(config)[name]}
     assert changed == {"train.lr"}
     assert weight_fields(replace(config, seed=1))["seed"] == 1
-
-
-def test_training_arguments_follow_the_config(tmp_path):
-    config = TrainConfig(steps=9, batch_size=3, warmup_ratio=0.5, checkpoint_every=0, max_grad_norm=0.5, lr=2e-4)
-    args = training_arguments(config, tmp_path, seed=5, dataloader_num_workers=1)
-    assert (args.max_steps, args.per_device_train_batch_size, args.seed) == (9, 3, 5)
-    assert (args.learning_rate, args.max_grad_norm, args.dataloader_num_workers) == (2e-4, 0.5, 1)
-    assert args.get_warmup_steps(9) == 5
-    assert args.save_strategy == "no"
-    assert not args.logging_nan_inf_filter
-    assert part_rates(config) == {}
-    assert part_rates(TrainConfig(encoder_lr=1e-5)) == {"student.model.vision_tower": 1e-5}
 
 
 STAGED = """
@@ -262,5 +250,3 @@ def test_steps_and_accumulation_follow_from_samples_and_processes(settings, proc
 def test_a_global_batch_that_the_processes_cannot_share_is_refused():
     with pytest.raises(ValueError, match=r"global_batch_size is 40 but 2 processes of train.batch_size 16 make 32"):
         TrainConfig(global_batch_size=40).settled(100, 2)
-    with pytest.raises(ValueError, match=r"train.steps is not known yet"):
-        training_arguments(TrainConfig(), "nowhere")

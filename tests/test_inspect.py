@@ -12,13 +12,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from switchkd.cli import app
-from switchkd.config import TrainConfig
 from switchkd.data import Conversation, ConversationDataset, encode
 from switchkd.data.config import DataConfig
 from switchkd.data.steel import render_steel
 from switchkd.inspect import CLOSES, OPENS, inspect_data, marked, read_parts, read_sample, show
 from switchkd.models.tiny import tiny_llama_tokenizer, tiny_processor
 from switchkd.tasks.vlm_config import Run, StageConfig
+from switchkd.training.config import TrainConfig
 
 TURNS = ("Is there any crazing?", "yes", "Café où? 裂纹 🙂", "là: 裂纹 🙂 [0, 12]", "Sure?", "no, none")
 

@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from switchkd.config import TrainConfig
 from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.runs import RESULTS, RunFolder
 from switchkd.tasks import load_config
 from switchkd.tasks.vlm_config import Run, StageConfig
+from switchkd.training.config import TrainConfig
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from switchkd.config import Stage, TrainConfig
+from switchkd.config import Stage
 from switchkd.methods import SupervisedMethod, SwitchKD
 from switchkd.models import freeze
 from switchkd.models.adapter import LinearAdapter
@@ -49,6 +49,7 @@ from switchkd.plan.costs import (
 from switchkd.plan.gpus import ALLOWANCE, ENGINES, Gpu, find_gpu, kept_memory, shared_gradients
 from switchkd.plan.survey import Survey, local_processor, survey
 from switchkd.tasks.vlm_config import Run
+from switchkd.training.config import TrainConfig
 
 Parameters = dict[str, tuple[int, int]]  # part -> trained, frozen
 

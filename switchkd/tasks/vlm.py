@@ -34,7 +34,15 @@ from switchkd.tasks.vlm_data import StageData
 from switchkd.tasks.vlm_rehearsal import rehearse
 from switchkd.training.trainer import DistillTrainer
 
+# Parameter name prefixes in a method, by part; the language model's head belongs to it.
+PARTS = {
+    "vision_tower": ("student.model.vision_tower",),
+    "projector": ("student.model.multi_modal_projector",),
+    "language_model": ("student.model.language_model", "student.lm_head"),
+}
+
 __all__ = [
+    "PARTS",
     "Run",
     "build_method",
     "build_student",

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from switchkd.config import Stage, TrainConfig
+from switchkd.config import Stage
 from switchkd.data.config import DataConfig
 from switchkd.evaluation.config import JudgeConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.config import Part, StudentConfig, TeacherConfig
+from switchkd.training.config import TrainConfig
 
 SECTIONS = ("data", "train", "method")  # of a stage or, where it has none of its own, of the run
 
@@ -90,8 +91,7 @@ class Run:
         """The stages in order, each with its sections; before distil its control, where the run asks for one."""
         stages: list[Stage] = []
         if self.teacher.steps:
-            rates = {"lr": self.teacher.lr, "encoder_lr": None, "projector_lr": None}
-            train = replace(self.train, steps=self.teacher.steps, **rates)
+            train = replace(self.train, steps=self.teacher.steps, lr=self.teacher.lr, part_lr={})
             stages.append(Stage("teacher", None, "teacher", self.data, train))
         given = {name: each for name in ("pretrain", "sft", "distil") if (each := getattr(self, name)) is not None}
         start = None
@@ -147,9 +147,10 @@ def _check(stage: Stage) -> None:
     train, frozen = stage.field("train"), stage.field("freeze")
     if set(stage.freeze) == set(get_args(Part)):
         raise ValueError(f"{frozen} names every part of the student, so that nothing is trained: leave one out")
-    for name, part in (("encoder_lr", "vision_tower"), ("projector_lr", "projector")):
-        if part in stage.freeze and (rate := getattr(stage.train, name)) is not None:
-            raise ValueError(f"{train}.{name} is {rate} but {frozen} names {part}: drop one of them")
+    stage.train.check_parts(get_args(Part), train)
+    for part, rate in stage.train.part_lr.items():
+        if part in stage.freeze:
+            raise ValueError(f"{train}.part_lr.{part} is {rate} but {frozen} names {part}: drop one of them")
     for part in (stage.train.lora_parts or ("language_model",)) if stage.train.lora_rank else ():
         if part not in get_args(Part):
             known = ", ".join(get_args(Part))

@@ -14,6 +14,7 @@ from switchkd.data import Conversation, ConversationDataset
 from switchkd.data.config import DataConfig
 from switchkd.data.sources import ConversationSets, load_conversations
 from switchkd.tasks.vlm_config import Run
+from switchkd.training.held_out import hold_out
 
 
 class StageData:
@@ -42,7 +43,11 @@ class StageData:
                         workers=min(16, os.cpu_count() or 1),
                     )
                 state.print(f"{stage.name}: {len(self._sets[data]):,} training samples")
-            stage.train.settled(len(self._sets[data]), state.num_processes)
+            count = len(self._sets[data])
+            if stage.train.eval_every:
+                train, _ = hold_out(range(count), stage.train.eval_samples, f"{stage.field('train')}.eval_samples")
+                count = len(train)
+            stage.train.settled(count, state.num_processes)
 
     def questions(self, data: DataConfig) -> list[Conversation]:
         """The test questions of `data`, checked; [] where it names no test part."""

@@ -23,7 +23,6 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from switchkd.config import TrainConfig
 from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.data.conversations.sample_llava import CAPTIONS, INSTRUCTIONS, write_llava_sample
 from switchkd.evaluation.config import JudgeConfig
@@ -31,6 +30,7 @@ from switchkd.models import assemble_llava
 from switchkd.models.shapes import part_config, student_config, teacher_config
 from switchkd.models.tiny import tiny_llama_tokenizer, tiny_tokenizer
 from switchkd.tasks.vlm_config import Run, StageConfig
+from switchkd.training.config import TrainConfig
 
 SAMPLES = 12
 SIDE, PATCH = 32, 8  # pictures of 16 visual tokens
@@ -196,6 +196,8 @@ def _tiny_train(train: TrainConfig) -> TrainConfig:
         lora_rank=train.lora_rank and min(train.lora_rank, 4),
         lora_alpha=None,
         logging_steps=1,
+        eval_every=min(train.eval_every, 1),
+        eval_samples=2 if train.eval_every else None,
         checkpoint_every=1,
         data_workers=0,
     )

@@ -6,7 +6,6 @@ __all__ = [
     "DistillTrainer",
     "Interrupted",
     "latest_checkpoint",
-    "part_rates",
     "process_state",
     "training_arguments",
 ]
@@ -17,7 +16,6 @@ __getattr__ = lazily(
         "DistillTrainer": "trainer",
         "Interrupted": "interrupt",
         "latest_checkpoint": "checkpoints",
-        "part_rates": "rates",
         "process_state": "processes",
         "training_arguments": "arguments",
     },

@@ -42,12 +42,28 @@ class TermSums:
 
 
 class TermsBar(ProgressCallback):
-    """Progress bar with rate, time left and the latest loss terms; it starts at a resumed run's step."""
+    """Progress bar with the stage's name, rate, time left and the latest loss terms; it starts at a resumed run's
+    step."""
+
+    def __init__(self, stage: str = ""):
+        super().__init__()
+        self.stage = stage
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.training_bar = tqdm(total=state.max_steps, initial=state.global_step, dynamic_ncols=True, unit="step")
+            self.training_bar = tqdm(
+                desc=self.stage or None,
+                total=state.max_steps,
+                initial=state.global_step,
+                dynamic_ncols=True,
+                unit="step",
+            )
         self.current_step = state.global_step
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        super().on_prediction_step(args, state, control, **kwargs)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description(f"{self.stage} evaluation".strip(), refresh=False)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.training_bar is None or "loss" not in logs:

@@ -14,10 +14,11 @@ from accelerate.utils import broadcast_object_list
 
 from switchkd.config import Stage, weight_fields
 from switchkd.runs import RunFolder, Stopped
-from switchkd.training.arguments import training_arguments
+from switchkd.training.arguments import check_settings, training_arguments
+from switchkd.training.held_out import hold_out
 from switchkd.training.memory import keep_freed_memory
 from switchkd.training.processes import process_state
-from switchkd.training.rates import part_rates
+from switchkd.training.reports import finish_reports
 from switchkd.training.trainer import DistillTrainer
 
 
@@ -25,8 +26,9 @@ def train_run(task: ModuleType, config: Any) -> Path:
     """Trains every stage of `config` that is not finished yet, judges, and returns the run's folder.
 
     task: the module of `switchkd.tasks` whose configuration this is. Its functions know the models and the data: load,
-    build_student, build_method, samples, collate, export, judge, and rehearse for a run that is to be tiny. Raises
-    ValueError and OSError, before any stage trains, for what cannot run.
+    build_student, build_method, samples, collate, export, judge, and rehearse for a run that is to be tiny; its PARTS
+    are the parameter name prefixes of each part of its models. Raises ValueError and OSError, before any stage trains,
+    for what cannot run.
     """
     started = time.perf_counter()
     keep_freed_memory()
@@ -36,6 +38,8 @@ def train_run(task: ModuleType, config: Any) -> Path:
     if config.tiny:
         config = task.rehearse(config)
     RunFolder.check(config)
+    for stage in config.stages():
+        check_settings(stage.train, stage.field("train"))
     loaded = task.load(config)
     config = loaded.config
     run = RunFolder.resume(config) if config.resume else _start(config)
@@ -56,22 +60,29 @@ def train_stage(task: ModuleType, loaded: Any, stage: Stage, run: RunFolder) -> 
     state = PartialState()
     student, processor = task.build_student(loaded, stage, run)
     method = task.build_method(loaded, stage, student, run)
-    samples = task.samples(loaded, stage)
+    samples, held_out = task.samples(loaded, stage), None
+    if stage.train.eval_every:
+        samples, held_out = hold_out(samples, stage.train.eval_samples, f"{stage.field('train')}.eval_samples")
     settings = stage.train.settled(len(samples), state.num_processes)
     state.print(f"{stage.name}: {settings.steps} steps")
+    title = f"{run.path.name} {stage.name}"
     trainer = DistillTrainer(
         method,
-        training_arguments(settings, run.checkpoints(stage.name), seed=run.config.seed),
+        training_arguments(settings, run.checkpoints(stage.name), seed=run.config.seed, run_name=title),
         train_dataset=samples,
+        eval_dataset=held_out,
         processing_class=processor,
         data_collator=task.collate(loaded, stage),
-        part_rates=part_rates(settings),
+        part_rates=settings.part_lr,
+        parts=task.PARTS,
         group_by_length=settings.group_by_length,
+        keep_best=settings.keep_best,
         run_config=weight_fields(run.config),
         log_file=run.path / "log.jsonl",
         log_fields={"stage": stage.name},
     )
     trainer.train(resume_from_checkpoint=True)
+    finish_reports(settings.report_to)
     task.export(trainer, stage, run)
     if trainer.is_world_process_zero():
         shutil.rmtree(run.checkpoints(stage.name), ignore_errors=True)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import (
     PrinterCallback,
@@ -27,6 +28,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from switchkd.methods.terms import Terms
 from switchkd.training import checkpoints, zero
 from switchkd.training.arguments import check_arguments, deciding_arguments
+from switchkd.training.best import MeasureAndKeep, best_step, check_measured, take_best
 from switchkd.training.contract import check_method, check_terms
 from switchkd.training.evaluation import evaluation_loader, mean_terms
 from switchkd.training.export import export_student
@@ -34,7 +36,9 @@ from switchkd.training.identity import data_identity, refuse_other_run
 from switchkd.training.interrupt import Interrupted, StopAtSignal
 from switchkd.training.logs import StepLog, TermsBar, TermSums
 from switchkd.training.order import LengthGrouped, sample_lengths
-from switchkd.training.rates import parameter_groups
+from switchkd.training.rates import at_milestones, parameter_groups
+from switchkd.training.reports import place_reports
+from switchkd.training.resume import chosen_checkpoint, refuse_without_optimizer
 
 # Trainer's own, for a model whose outputs are predictions.
 UNUSED = ("compute_loss_func", "compute_metrics", "model_init", "preprocess_logits_for_metrics")
@@ -52,12 +56,16 @@ class DistillTrainer(Trainer):
     args: see `training_arguments`. Checkpoints go to `args.output_dir`.
     processing_class: the student's processor, exported beside it.
     data_collator: samples -> the batch that the method's forward takes.
-    part_rates: learning rates by parameter name prefix ("student.model.vision_tower"); the longest prefix
-        wins, the rest trains at `args.learning_rate`. The logged learning rate is the rest's.
+    part_rates: learning rates by part; the rest trains at `args.learning_rate`, which is the one that is logged.
+    parts: parameter name prefixes of each part, of which the longest wins; without it the name of a part is its prefix
+        ("student.model.vision_tower").
+    keep_best: the measurement ("eval_loss", "eval_" and a term's name) whose lowest value chooses the checkpoint that
+        stays and that `train` ends with; None: the last step's.
     group_by_length: batches of samples of about one length (`switchkd.training.order`) instead of a plain shuffle.
     run_config: the run's configuration, flat or nested; a resume under another one is refused.
     log_file: where the records of each log go, `log.jsonl` in `args.output_dir` by default.
-    log_fields: written into each record, so that runs can share a log file.
+    log_fields: written into each record, so that runs can share a log file, such as {"stage": "pretrain"}; their values
+        stand before the progress bar too.
 
     Raises ValueError for arguments that would train silently wrong.
     """
@@ -72,7 +80,9 @@ class DistillTrainer(Trainer):
         *,
         data_collator: Callable[[list], dict[str, Tensor]],
         part_rates: Mapping[str, float] | None = None,
+        parts: Mapping[str, Sequence[str]] | None = None,
         group_by_length: bool = False,
+        keep_best: str | None = None,
         run_config: Mapping[str, Any] | None = None,
         log_file: str | os.PathLike | None = None,
         log_fields: Mapping[str, Any] | None = None,
@@ -93,13 +103,18 @@ class DistillTrainer(Trainer):
         )
         self.method = method
         self.part_rates = dict(part_rates or {})
+        self.parts = parts
         self.group_by_length = group_by_length
+        self.keep_best = keep_best
         self.run_config = dict(run_config or {})
         self.step_log = StepLog(Path(log_file or Path(args.output_dir) / "log.jsonl"), log_fields or {})
         self.add_callback(self.step_log)
+        stage = " ".join(str(value) for value in self.step_log.fields.values())
+        place_reports(self.callback_handler.callbacks, self.step_log.path.parent, stage)
         if self.pop_callback(ProgressCallback):
-            self.add_callback(TermsBar)
+            self.add_callback(TermsBar(stage))
         self.remove_callback(PrinterCallback)  # what it prints is in the log file
+        self.add_callback(MeasureAndKeep(keep_best))
         self._stop = StopAtSignal()
         self.add_callback(self._stop)
         self._terms = TermSums()
@@ -121,6 +136,7 @@ class DistillTrainer(Trainer):
             terms = model(**inputs, num_items_in_batch=num_items_in_batch)
         if self._terms.empty:  # once between two logs: it waits for the device
             check_terms(terms, self.method)
+            check_measured(self.keep_best, terms.named)
         self._terms.add(terms.named, self.state.global_step)
         ranks = self.accelerator.num_processes
         terms.loss = terms.loss * ranks
@@ -177,9 +193,18 @@ class DistillTrainer(Trainer):
         if self.optimizer is None:
             optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, model)
             decayed = set(self.get_decay_parameter_names(model))
-            groups = parameter_groups(model, decayed, self.part_rates, self.args)
-            self.optimizer = optimizer(groups, **options)
-        return self.optimizer
+            groups = parameter_groups(model, decayed, self.part_rates, self.parts, self.args)
+            self.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Trainer's schedule, or steps at the milestones of `args.lr_scheduler_kwargs` (see `training_arguments`)."""
+        options = self.args.lr_scheduler_kwargs or {}
+        if self.lr_scheduler is None and "milestones" in options:
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = at_milestones(optimizer or self.optimizer, warmup=warmup, **options)
+            self._created_lr_scheduler = True
+        return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler | None:
         if not self.group_by_length:
@@ -245,24 +270,12 @@ class DistillTrainer(Trainer):
         ValueError when the checkpoint is torn or another run's, and when a fresh start would mix with an
         earlier run's checkpoints; `Interrupted` when Ctrl-C or SIGTERM ended it, naming the checkpoint it left.
         """
-        found = checkpoints.latest_checkpoint(self.args.output_dir) if self.is_world_process_zero() else None
-        found = broadcast_object_list([found])[0]  # ranks that looked for themselves could disagree
-        if not resume_from_checkpoint and found:
-            raise ValueError(
-                f"{self.args.output_dir} holds {found.name} of an earlier run: resume it "
-                "(resume_from_checkpoint=True), remove it, or give this run another folder"
-            )
-        if resume_from_checkpoint is True:
-            checkpoint = found
-        else:
-            checkpoint = Path(resume_from_checkpoint) if resume_from_checkpoint else None
+        check_method(self.method)  # as it is now: what was frozen when it was given may not be any more
+        checkpoint = chosen_checkpoint(Path(self.args.output_dir), resume_from_checkpoint, self.is_world_process_zero())
         if checkpoint:
-            if checkpoint != found:  # which was read to find it
-                self._refuse_torn(checkpoint)
             refuse_other_run(checkpoint, self._run())
-            for name in () if self.is_deepspeed_enabled else ("optimizer.pt", "scheduler.pt"):
-                if not (checkpoint / name).is_file():  # Trainer would go on with a new one
-                    raise ValueError(f"{checkpoint} has no {name}: resume from another one")
+            if not self.is_deepspeed_enabled:
+                refuse_without_optimizer(checkpoint)
         if self.is_world_process_zero():
             self.step_log.start(checkpoints.step_of(checkpoint) if checkpoint else 0)
         self._terms = TermSums()
@@ -270,20 +283,22 @@ class DistillTrainer(Trainer):
             # Trainer would train one step more.
             checkpoints.load_state(self.method, checkpoint)
             self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            self._take_best()
             return TrainOutput(self.state.global_step, math.nan, {})
         try:
             with self._stop:
-                return super().train(str(checkpoint) if checkpoint else None, **options)
+                output = super().train(str(checkpoint) if checkpoint else None, **options)
+            self._take_best()
+            return output
         except Interrupted:
             self.is_in_train = False
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # bars and reports are closed
             raise
 
-    def _refuse_torn(self, checkpoint: Path) -> None:
-        """ValueError on every rank where the first one finds that `checkpoint` is not whole."""
-        reason = checkpoints.flaw(checkpoint) if self.is_world_process_zero() else None
-        if reason := broadcast_object_list([reason])[0]:
-            raise ValueError(f"{checkpoint} is not a whole checkpoint: {reason}; resume from another one")
+    def _take_best(self) -> None:
+        if self.keep_best is not None:
+            folder, first = Path(self.args.output_dir), self.is_world_process_zero()
+            self.accelerator.print(take_best(self.method, self.state, self.keep_best, folder, first))
 
     def _run(self) -> dict[str, Any]:
         """What decides the weights, as it is kept in a checkpoint and compared on resume."""
@@ -351,7 +366,8 @@ class DistillTrainer(Trainer):
                 checkpoints.seal(staged, step)
                 checkpoints.put_in_place(staged, folder / staged.name)
                 staging.rmdir()
-                checkpoints.rotate(folder, self.args.save_total_limit)
+                best = self.keep_best and best_step(self.state.log_history, self.keep_best)
+                checkpoints.rotate(folder, self.args.save_total_limit, best)
         except (OSError, RuntimeError, SafetensorError) as error:
             kept = checkpoints.latest_checkpoint(folder)
             failure = checkpoints.disk_error(error, f"checkpoint-{step}", folder, kept)

@@ -18,11 +18,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from switchkd.config import Stage, TrainConfig
+from switchkd.config import Stage
 from switchkd.methods import SupervisedMethod
 from switchkd.models import freeze
 from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora, check_lora, merge_lora, save_adapter
+from switchkd.training.config import TrainConfig
 
 LANGUAGE_MODEL = "model.language_model."
 TOWER = "model.vision_tower."

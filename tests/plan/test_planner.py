@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from switchkd.config import TrainConfig
 from switchkd.data.config import DataConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.config import StudentConfig, TeacherConfig
@@ -18,6 +17,7 @@ from switchkd.plan import make_plan, show
 from switchkd.plan.gpus import GPUS, find_gpu, kept_memory
 from switchkd.plan.survey import KNOWN_SETS
 from switchkd.tasks.vlm_config import Run, StageConfig
+from switchkd.training.config import TrainConfig
 
 SIZES = {"vision_hidden": 32, "vision_layers": 2, "image_size": 32, "patch_size": 8, "layers": 2}
 TRAIN = TrainConfig(batch_size=4, bf16=True)

@@ -40,7 +40,13 @@ def write_pair(folder: Path, **changes) -> Path:
         "data": {"train_images": 20, "test_images": 3, "in_memory": True},
         "teacher": {"path": str(folder / "pair/teacher")},
         "student": {"vision_tower": str(folder / "pair/tower"), "vision_feature_layer": -1},
-        "train": {"steps": 3, "batch_size": 4, "logging_steps": 1, "checkpoint_every": 2, "encoder_lr": 1e-4},
+        "train": {
+            "steps": 3,
+            "batch_size": 4,
+            "logging_steps": 1,
+            "checkpoint_every": 2,
+            "part_lr": {"vision_tower": 1e-4},
+        },
         "judge": {"batch_size": 8, "max_new_tokens": 8},
     }
     for section, values in changes.items():

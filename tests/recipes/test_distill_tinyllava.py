@@ -186,7 +186,7 @@ def test_a_frozen_tower_equal_to_the_teachers(tmp_path, refused):
     tower = SiglipVisionModel(teacher.config.vision_config)
     tower.load_state_dict(teacher.model.vision_tower.state_dict())
     tower.save_pretrained(tmp_path / "pair/tower")
-    message = refused("--distil.freeze", "[vision_tower]", "--train.encoder_lr", "null")
+    message = refused("--distil.freeze", "[vision_tower]", "--train.part_lr", "{}")
     assert "student and teacher share one frozen vision tower" in message
     assert "unfreeze the student's vision tower" in message
 

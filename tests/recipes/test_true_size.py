@@ -109,7 +109,7 @@ def test_what_a_rehearsal_keeps_of_its_configuration(tmp_path):
     for stage, small in zip(config.stages(), tiny.stages(), strict=True):
         assert small.name == stage.name
         assert (small.freeze, small.method, small.data.max_length) == (stage.freeze, stage.method, 2048)
-        assert (small.train.lr, small.train.encoder_lr) == (stage.train.lr, stage.train.encoder_lr)
+        assert (small.train.lr, small.train.part_lr) == (stage.train.lr, stage.train.part_lr)
         assert small.train.group_by_length == stage.train.group_by_length
         assert small.train.gradient_accumulation_steps == 2
     rows, tokenizers = [], []

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from switchkd.config import TrainConfig
 from switchkd.data.config import DataConfig
 from switchkd.methods.switch_kd_config import SwitchKDConfig
 from switchkd.models.config import TeacherConfig
 from switchkd.models.tiny import tiny_processor
 from switchkd.tasks.vlm_config import Run, StageConfig
 from switchkd.tasks.vlm_data import StageData
+from switchkd.training.config import TrainConfig
 
 STEEL = DataConfig(train_images=3, test_images=2, kinds=("exists",))
 FIRST = StageConfig(STEEL, TrainConfig(), freeze=("vision_tower", "language_model"))
@@ -109,3 +109,14 @@ def test_stages_of_other_data_have_no_test_part():
 def test_sections_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Run(name="a", **settings)
+
+
+@pytest.mark.parametrize(("count", "passes"), [(1, True), (2, False)])
+def test_samples_that_cannot_be_held_out_end_the_run_before_the_first_stage(tmp_path, count, passes):
+    train = TrainConfig(steps=1, eval_every=1, eval_samples=count)
+    config = Run(name="a", out=str(tmp_path), data=STEEL, sft=StageConfig(train=train))
+    if passes:
+        StageData(config, config.stages(), tiny_processor())
+        return
+    with pytest.raises(ValueError, match=r"sft\.train\.eval_samples is 2 and there are 3 training samples"):
+        StageData(config, config.stages(), tiny_processor())

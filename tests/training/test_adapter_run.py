@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy_run import Crash, weights_hash
 from transformers import AutoModelForImageTextToText, set_seed
 
-from switchkd.config import Stage, TrainConfig
+from switchkd.config import Stage
 from switchkd.data import Collator, ConversationDataset, to_conversations
 from switchkd.data.config import DataConfig
 from switchkd.data.steel import CLASSES, render_steel
@@ -27,7 +27,8 @@ from switchkd.runs import RunFolder
 from switchkd.tasks import vlm
 from switchkd.tasks.vlm import fit_adapter, method_of
 from switchkd.tasks.vlm_config import Run
-from switchkd.training import DistillTrainer, part_rates, training_arguments
+from switchkd.training import DistillTrainer, training_arguments
+from switchkd.training.config import TrainConfig
 from switchkd.training.stages import train_stage
 
 COARSE = {"hidden": 32, "layers": 1, "vision_hidden": 24, "vision_layers": 1, "image_size": 32, "patch_size": 16}
@@ -52,7 +53,7 @@ def trainer_of(folder, narrow, teacher, samples, callbacks=()):
     adapter = fit_switch_adapter(narrow, teacher, [samples[0]["pixel_values"]])
     method = SwitchKD(narrow, teacher, switch="forward_kl", feature="cosine", switch_adapter=adapter)
     config = TrainConfig(steps=4, batch_size=2, gradient_accumulation_steps=2, checkpoint_every=2, logging_steps=1)
-    rates = part_rates(config) | {"switch_adapter": 1e-2}
+    rates = {"switch_adapter": 1e-2}
     args = training_arguments(config, folder, disable_tqdm=True)
     processor = tiny_processor(image_size=32, patch_size=16)
     return DistillTrainer(

@@ -74,7 +74,7 @@ def test_all_ranks_go_on_from_the_first_ranks_choice(tmp_path, monkeypatch):
         sent.extend(found)
         return [tmp_path / "checkpoint-2"]  # as if rank 0 had chosen it
 
-    monkeypatch.setattr("switchkd.training.trainer.broadcast_object_list", receive)
+    monkeypatch.setattr("switchkd.training.resume.broadcast_object_list", receive)
     assert len(resumed_run(tmp_path).method.fractions) == 8
     assert sent == [tmp_path / "checkpoint-4"]
 

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from switchkd import Terms
-from switchkd.training import DistillTrainer, checkpoints
+from switchkd.training import DistillTrainer, checkpoints, zero
 from switchkd.training.contract import check_method
 
 # ---- Terms
@@ -172,6 +172,20 @@ def test_several_teachers_stay_out_of_the_state():
     assert state.keys() == {name for name in method.state_dict() if not name.startswith(("teacher.", "tutor."))}
 
 
+def test_what_deepspeed_saves_has_no_teacher_and_the_method_is_as_before():
+    class Engine:
+        def save_checkpoint(self, folder, exclude_frozen_parameters):
+            self.saved = {**method.state_dict()}, exclude_frozen_parameters
+
+    method, engine = TwoTeachers(), Engine()
+    before = list(method.state_dict())
+    assert "tutor.1.running_mean" in before
+    zero.save_engine(engine, method, "nowhere")
+    assert list(engine.saved[0]) == [name for name in before if not name.startswith(("teacher.", "tutor."))]
+    assert engine.saved[1]
+    assert list(method.state_dict()) == before
+
+
 def refused(method, tmp_path):
     with pytest.raises(ValueError) as error:  # noqa: PT011, the tests look at the message
         DistillTrainer(method, TrainingArguments(str(tmp_path), use_cpu=True), data_collator=toy_collate)
@@ -187,6 +201,13 @@ def test_a_frozen_child_that_would_train_is_refused(tmp_path):
     method = ToyMethod()
     method.teacher.requires_grad_(True)
     assert "ToyMethod.frozen names 'teacher', of which" in refused(method, tmp_path)
+
+
+def test_a_teacher_that_is_thawed_later_is_refused_when_training_begins(tmp_path):
+    trainer = toy_trainer(tmp_path)
+    trainer.method.teacher.requires_grad_(True)
+    with pytest.raises(ValueError, match="ToyMethod.frozen names 'teacher', of which"):
+        trainer.train()
 
 
 def test_a_frozen_child_in_training_mode_is_refused_and_the_mode_stays(tmp_path, monkeypatch):

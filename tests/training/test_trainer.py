@@ -9,15 +9,16 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_run import toy_collate, toy_trainer, weights_hash
-from transformers import TrainerCallback
+from toy_run import StopAfter, toy_collate, toy_trainer, weights_hash
 
 from switchkd import SwitchKD, Terms
-from switchkd.config import TrainConfig
 from switchkd.data import Collator, ConversationDataset, to_conversations
 from switchkd.data.steel import CLASSES, render_steel
 from switchkd.models import freeze
-from switchkd.training import DistillTrainer, part_rates, process_state, training_arguments
+from switchkd.training import DistillTrainer, process_state, training_arguments
+from switchkd.training.config import TrainConfig
+
+TOWER = "student.model.vision_tower"
 
 
 def records(trainer, key="loss"):
@@ -91,14 +92,6 @@ def test_terms_after_a_resume_are_means_over_the_steps_since(tmp_path):
     assert record["loss"] == pytest.approx(record["ce"] + 0.5 * record["align"], rel=1e-5)
 
 
-class StopAfter(TrainerCallback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step == self.step
-
-
 def test_backward_is_the_hook_for_gradients(tmp_path):
     class Doubled(DistillTrainer):
         def backward(self, terms):
@@ -136,10 +129,10 @@ def test_switch_kd_trains_on_conversations(tmp_path, student, teacher, processor
     freeze(student)
     method = SwitchKD(student, teacher, switch="forward_kl")
     data = ConversationDataset(list(to_conversations(render_steel(4, seed=0, size=32), CLASSES))[:8], processor)
-    config = TrainConfig(steps=3, batch_size=2, checkpoint_every=3, logging_steps=1, encoder_lr=1e-4, bf16=bf16)
+    config = TrainConfig(steps=3, batch_size=2, checkpoint_every=3, logging_steps=1, part_lr={TOWER: 1e-4}, bf16=bf16)
     args = training_arguments(config, tmp_path, disable_tqdm=True)
     collate = Collator(processor.tokenizer.pad_token_id)
-    trainer = DistillTrainer(method, args, data, data_collator=collate, part_rates=part_rates(config))
+    trainer = DistillTrainer(method, args, data, data_collator=collate, part_rates=config.part_lr)
     tower, frozen = weights_hash(student.model.vision_tower), weights_hash(teacher)
     trainer.train()
     assert weights_hash(student.model.vision_tower) != tower
@@ -156,8 +149,7 @@ def test_switch_kd_trains_on_conversations(tmp_path, student, teacher, processor
 
 
 def test_parts_have_their_own_rate_and_norms_do_not_decay(tmp_path):
-    tower = "student.model.vision_tower"
-    trainer = toy_trainer(tmp_path, part_rates={tower: 1e-4}, lr=1e-2, weight_decay=0.1)
+    trainer = toy_trainer(tmp_path, part_rates={TOWER: 1e-4}, lr=1e-2, weight_decay=0.1)
     groups = trainer.create_optimizer().param_groups
     named = {id(parameter): name for name, parameter in trainer.method.named_parameters()}
     found = {named[id(p)]: (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
@@ -165,7 +157,7 @@ def test_parts_have_their_own_rate_and_norms_do_not_decay(tmp_path):
     assert found.keys() == trained
     assert not any(name.startswith("teacher.") for name in found)
     for name, (rate, decay) in found.items():
-        assert rate == (1e-4 if name.startswith(tower) else 1e-2), name
+        assert rate == (1e-4 if name.startswith(TOWER) else 1e-2), name
         assert decay == (0.0 if "norm" in name or name.endswith("bias") else 0.1), name
     assert {decay for _, decay in found.values()} == {0.0, 0.1}
 

@@ -27,9 +27,9 @@ from transformers import (
     set_seed,
 )
 
-from switchkd.config import TrainConfig
 from switchkd.methods.terms import Terms
 from switchkd.training import DistillTrainer, Interrupted, process_state, training_arguments
+from switchkd.training.config import TrainConfig
 
 IMAGE_TOKEN, VOCAB = 3, 40
 
@@ -144,9 +144,9 @@ def toy_trainer(out, *, samples=12, callbacks=(), trainer=DistillTrainer, dropou
     method = ToyMethod(dropout)
     config = {"steps": 6, "batch_size": 2, "checkpoint_every": 2, "logging_steps": 1, "lr": 1e-2}
     config |= {name: settings.pop(name) for name in list(settings) if name in TrainConfig.__dataclass_fields__}
-    names = ("part_rates", "run_config", "processing_class", "log_file", "log_fields", "eval_dataset")
+    names = ("part_rates", "run_config", "processing_class", "log_file", "log_fields", "eval_dataset", "parts")
     to_trainer = {name: settings.pop(name) for name in names if name in settings}
-    to_trainer["group_by_length"] = config.get("group_by_length", False)
+    to_trainer |= {name: config[name] for name in ("group_by_length", "keep_best") if name in config}
     args = training_arguments(TrainConfig(**config), out, **{"disable_tqdm": True, **settings})
     return trainer(method, args, ToyData(samples), data_collator=toy_collate, callbacks=list(callbacks), **to_trainer)
 
@@ -157,6 +157,16 @@ def weights_hash(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode() + tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+class StopAfter(TrainerCallback):
+    """Training ends after a step, as if it had been the last."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
 
 
 class Crash(TrainerCallback):

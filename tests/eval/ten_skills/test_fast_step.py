@@ -8,10 +8,10 @@ from torch.utils.data import SequentialSampler
 
 from eval.ten_skills import models, words, world
 from eval.ten_skills.fast_step import Feed, _decode, draw, orders, score, train
-from switchkd.config import TrainConfig
 from switchkd.data import Collator, encode
 from switchkd.methods import SwitchKD
 from switchkd.training import DistillTrainer, training_arguments
+from switchkd.training.config import TrainConfig
 
 
 class InOrder(DistillTrainer):
