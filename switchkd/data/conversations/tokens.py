@@ -32,11 +32,16 @@ def render(conversations: list[list[dict]], processor: Any, where: str, *, promp
         ) from error
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokenizer's special tokens by their ids: those of its roles, and those among its added tokens too that no
+    role names, as `<|end|>` of Phi-3."""
+    added = {row: token.content for row, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
 def refuse_special_tokens(messages: list[dict], processor: Any, where: str) -> None:
     """A text that spells a special token would end its turn or begin another; `check_messages` counts image marks."""
-    tokenizer = processor.tokenizer
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = added.union(tokenizer.all_special_tokens) - {IMAGE_MARK}
+    special = set(special_tokens(processor.tokenizer).values()) - {IMAGE_MARK}
     for message in messages:
         text = message_text(message)
         if found := sorted(token for token in special if token in text):
@@ -144,7 +149,7 @@ def answer_labels(
     starts, ends = (offsets - passed[:, None]).T
     text_token = ~is_image & (ends > starts)
     labels = np.full_like(rows, IGNORE)
-    special = set(processor.tokenizer.all_special_ids)
+    special = special_tokens(processor.tokenizer)
     for start, end in spans:
         if (text_token & (starts < start) & (ends > start)).any():
             raise ValueError(
