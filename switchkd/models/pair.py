@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
-from switchkd.data.conversations.tokens import special_tokens
+from switchkd.data.conversations.tokens import special_tokens, text_ids
 from switchkd.models.config import StudentConfig, TeacherConfig
 from switchkd.models.load import load_processor
 from switchkd.models.pictures import image_settings
@@ -50,9 +50,7 @@ def _written(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     ids: set[int] = set()
     for messages in (PROBE, [*PROBE, PROBE[0]], [system, *PROBE]):
-        text = render(tokenizer, tokenizer.chat_template, messages)
-        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        ids.update(tokenizer(text, add_special_tokens=not begun)["input_ids"])
+        ids.update(text_ids(render(tokenizer, tokenizer.chat_template, messages), tokenizer)[0])
     return ids
 
 
