@@ -190,9 +190,7 @@ ROBNDBOX = "<robndbox><cx>5</cx><cy>5</cy><w>3</w><h>2</h><angle>{}</angle></rob
 def test_a_turned_object_is_a_bad_sample(tmp_path, caplog, label, found):
     write(tmp_path, "a", (1, 1, 5, 5))
     edit(write(tmp_path, "b", (1, 1, 5, 5)), BOX, label)
-    with pytest.raises(
-        ValueError, match=rf"b\.xml: object 'crack' is turned: its {re.escape(found)} and its box"
-    ):
+    with pytest.raises(ValueError, match=rf"b\.xml: object 'crack' is turned: its {re.escape(found)} and its box"):
         read_defects(tmp_path)
     assert [image.id for image in read_defects(tmp_path, max_bad_rate=0.5)] == ["a"]
     assert f"is turned: its {found}" in caplog.text
