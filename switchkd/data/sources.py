@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from switchkd.config import filled_in
 from switchkd.data.bad_samples import keep_good
+from switchkd.data.classes import refuse_alike
 from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.data.conversations.conversation import Conversation, check_conversation
 from switchkd.data.conversations.instruct import to_conversations
@@ -55,11 +56,12 @@ def load_images(config: DataConfig) -> ImageSets:
     Raises ValueError or FileNotFoundError naming the field or file that is wrong, and ValueError for parts that are
     conversations.
     """
-    main, parts = _main_images(config), range(len(config.mixture))
-    further = [_part_images(config, number) for number in parts]
+    main = _main_images(config)
+    further = [_part_images(config, number) for number in range(len(config.mixture))]
+    _refuse_alike(config, main, dict(enumerate(further)))
     train = list(main.train)
     for number, part in enumerate(further):
-        train += _weighted(part.train, config.mixture[number].weight, f"{config.image_seed}/{number}")
+        train += _weighted(part.train, config, number)
     others = {name for part in further for name in part.classes} - set(main.classes)
     return ImageSets(train, main.test, (*main.classes, *sorted(others)))
 
@@ -67,10 +69,15 @@ def load_images(config: DataConfig) -> ImageSets:
 def load_conversations(config: DataConfig) -> ConversationSets:
     """The conversations of both parts: read from their files, or asked about the labelled pictures. Parts, shares and
     errors as in `load_images`."""
-    pictures = config.source in ("steel", "voc")
-    main = _asked(_main_images(config), config) if pictures else _main_files(config)
-    further = [each for number in range(len(config.mixture)) for each in _part_conversations(config, number)]
-    return ConversationSets(main.train + further, main.test)
+    pictures = _main_images(config) if config.source in ("steel", "voc") else None
+    main = _main_files(config) if pictures is None else _asked(pictures, config)
+    further = {n: _part_images(config, n) for n, part in enumerate(config.mixture) if part.source == "voc"}
+    _refuse_alike(config, pictures, further)
+    train = list(main.train)
+    for number in range(len(config.mixture)):
+        part = _asked(further[number], config).train if number in further else _part_file(config, number)
+        train += _weighted(part, config, number)
+    return ConversationSets(train, main.test)
 
 
 def _main_images(config: DataConfig) -> ImageSets:
@@ -84,7 +91,7 @@ def _main_images(config: DataConfig) -> ImageSets:
     train = _read_voc(root, config.train_split, config)
     test = _read_voc(root, config.test_split, config) if judged else []
     # Of the whole split, so that the questions do not change with the number of images.
-    classes = _classes(train, f"data.train_split {config.train_split}")
+    classes = _classes(train, _train_name(config))
     _check_classes(test, classes, config)
     return ImageSets(_picked(train, config.train_images, seed), _picked(test, config.test_images, seed), classes)
 
@@ -116,13 +123,17 @@ def _part_images(config: DataConfig, number: int) -> ImageSets:
     return ImageSets(images, [], _classes(images, f"{name}.split {part.split}"))
 
 
-def _part_conversations(config: DataConfig, number: int) -> list[Conversation]:
+def _part_file(config: DataConfig, number: int) -> list[Conversation]:
     part, name, root = _part(config, number)
-    if part.source == "voc":
-        conversations = _asked(_part_images(config, number), config).train
-    else:
-        conversations = _read_file(part.source, part.split, root, config, f"{name}.split")
-    return _weighted(conversations, part.weight, f"{config.image_seed}/{number}")
+    return _read_file(part.source, part.split, root, config, f"{name}.split")
+
+
+def _refuse_alike(config: DataConfig, main: ImageSets | None, further: Mapping[int, ImageSets]) -> None:
+    """Raises as `refuse_alike` for the classes of all parts that are pictures, `further` by their numbers."""
+    named = [(name, _train_name(config)) for name in (main.classes if main else ())]
+    for number, part in further.items():
+        named += [(name, f"data.mixture[{number}] {config.mixture[number].split}") for name in part.classes]
+    refuse_alike(named)
 
 
 def _asked(images: ImageSets, config: DataConfig) -> ConversationSets:
@@ -133,8 +144,10 @@ def _asked(images: ImageSets, config: DataConfig) -> ConversationSets:
     return ConversationSets(train, list(to_conversations(images.test, images.classes, seed, kinds=kinds)))
 
 
-def _weighted(items: list[Item], weight: float, seed: str) -> list[Item]:
-    """Each item `weight` times; of what is over, that share of them at random, at least one in all."""
+def _weighted(items: list[Item], config: DataConfig, number: int) -> list[Item]:
+    """Each item of a part of the mixture as often as its weight says; of what is over, that share of them at random,
+    at least one in all."""
+    weight, seed = config.mixture[number].weight, f"{config.image_seed}/{number}"
     whole = int(weight)
     share = round((weight - whole) * len(items))
     count = share if whole else max(share, 1)
@@ -153,10 +166,15 @@ def _read_voc(root: Path, split: str, config: DataConfig) -> list[DefectImage]:
     return list(read_defects(root, split=split, **rules))
 
 
-def _classes(train: Sequence[DefectImage], name: str) -> tuple[str, ...]:
+def _train_name(config: DataConfig) -> str:
+    return "data.source steel" if config.source == "steel" else f"data.train_split {config.train_split}"
+
+
+def _classes(train: Sequence[DefectImage], where: str) -> tuple[str, ...]:
     classes = tuple(sorted({label for image in train for label in image.labels}))
     if not classes:
-        raise ValueError(f"{name}: no image has a box, so there is no class to ask for")
+        raise ValueError(f"{where}: no image has a box, so there is no class to ask for")
+    refuse_alike((name, where) for name in classes)
     return classes
 
 
@@ -164,10 +182,11 @@ def _check_classes(test: Sequence[DefectImage], classes: Sequence[str], config: 
     for image in test:
         for label in image.labels:
             if label not in classes:
+                where = f"data.test_split {config.test_split}: {image.id}"
+                refuse_alike([*((name, _train_name(config)) for name in classes), (label, where)])
                 raise ValueError(
-                    f"data.test_split {config.test_split}: {image.id} has class {label!r}, which no image of "
-                    f"data.train_split {config.train_split} has; its classes are {', '.join(classes)}: correct the "
-                    "label, or choose splits of the same classes"
+                    f"{where} has class {label!r}, which no image of {_train_name(config)} has; its classes are"
+                    f" {', '.join(classes)}: correct the label, or choose splits of the same classes"
                 )
 
 

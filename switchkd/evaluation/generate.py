@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from switchkd.data.conversations.conversation import Conversation, message_text
 from switchkd.data.conversations.encoding import Collator, encode_prompt
 from switchkd.data.images import load_image
+from switchkd.models.templates import end_tokens
 
 # One grey for every model, so that teacher and student are blinded by the same picture.
 BLANK = (128, 128, 128)
@@ -66,7 +67,8 @@ def generate_answers(
 
     The prompt is every message up to the last user message; earlier answers in it are the reference ones.
     Sampling, penalties and length limits of the checkpoint's generation config are not used, so that the
-    scores of two models compare; its end tokens are, together with the tokenizer's.
+    scores of two models compare; its end tokens are, together with the tokenizer's and the chat template's end of
+    turn, with which every answer was trained to end.
     Questions of one kind are answered together, ordered by the length of their prompts, so that short
     answers do not wait for long ones.
 
@@ -93,8 +95,8 @@ def generate_answers(
     jobs.sort(key=lambda job: job[:4])
 
     tokenizer = processor.tokenizer
-    end_tokens = _end_tokens(model, tokenizer)
-    pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_tokens[0]
+    ends = _end_tokens(model, processor)
+    pad_token = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     collate = Collator(pad_token, padding_side="left")
     answers: list[Answer | None] = [None] * len(jobs)
     modes = [(module, module.training) for module in model.modules()]
@@ -109,7 +111,7 @@ def generate_answers(
                 do_sample=False,
                 use_cache=True,
                 max_new_tokens=limit,
-                eos_token_id=end_tokens,
+                eos_token_id=ends,
                 pad_token_id=pad_token,
             )
             for batch in _batches(list(group), batch_size):
@@ -119,7 +121,7 @@ def generate_answers(
                     if blank_image:
                         pictures = [_blank(picture) for picture in pictures]
                     encoded.append(encode_prompt(prompt, pictures, processor))
-                written = _decode_batch(model, tokenizer, collate(encoded), end_tokens)
+                written = _decode_batch(model, tokenizer, collate(encoded), ends)
                 for job, answer in zip(batch, written, strict=True):
                     answers[job[3]] = answer
                 bar.update(len(batch))
@@ -136,10 +138,8 @@ def _batches(jobs: list, size: int):
         yield jobs[start : start + size]
 
 
-def _end_tokens(model, tokenizer) -> list[int]:
-    own = model.generation_config.eos_token_id
-    own = own if isinstance(own, list) else [own]
-    ends = sorted({token for token in [*own, tokenizer.eos_token_id] if token is not None})
+def _end_tokens(model, processor) -> list[int]:
+    ends = end_tokens(model, processor.tokenizer, processor.chat_template)
     if not ends:
         raise ValueError(
             "neither the model's generation config nor the tokenizer names an end token (eos_token_id), so no"
@@ -152,7 +152,7 @@ def _blank(picture) -> Image.Image:
     return Image.new("RGB", load_image(picture).size, BLANK)
 
 
-def _decode_batch(model, tokenizer, batch: dict, end_tokens: list[int]) -> list[Answer]:
+def _decode_batch(model, tokenizer, batch: dict, stops: list[int]) -> list[Answer]:
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
     if "pixel_values" in batch:
         inputs["pixel_values"] = batch["pixel_values"].to(model.device, model.dtype)
@@ -163,13 +163,13 @@ def _decode_batch(model, tokenizer, batch: dict, end_tokens: list[int]) -> list[
     tokens = sequences[:, inputs["input_ids"].shape[1] :].tolist()
     probabilities = torch.stack(chosen.steps, dim=1).tolist()
     return [
-        _answer(tokenizer, row, row_probabilities, end_tokens)
+        _answer(tokenizer, row, row_probabilities, stops)
         for row, row_probabilities in zip(tokens, probabilities, strict=True)
     ]
 
 
-def _answer(tokenizer, tokens: list[int], probabilities: list[float], end_tokens: list[int]) -> Answer:
-    length = next((i for i, token in enumerate(tokens) if token in end_tokens), len(tokens))
+def _answer(tokenizer, tokens: list[int], probabilities: list[float], stops: list[int]) -> Answer:
+    length = next((i for i, token in enumerate(tokens) if token in stops), len(tokens))
 
     def text_of(count: int) -> str:
         return tokenizer.decode(tokens[:count], skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
+from switchkd.data.conversations.tokens import special_tokens, text_ids
 from switchkd.models.config import StudentConfig, TeacherConfig
 from switchkd.models.load import load_processor
 from switchkd.models.pictures import image_settings
-from switchkd.models.templates import IMAGE_TOKEN, PROBE, render, special_ids
+from switchkd.models.templates import IMAGE_TOKEN, PROBE, render
 from switchkd.models.tiny import TEACHER
 
 
@@ -29,7 +30,7 @@ def shared_vocab(student_tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: 
     )
     rows = max(student.keys() | teacher.keys()) + 1
     shared = next((row for row in range(rows) if student.get(row) != teacher.get(row)), rows)
-    unread = special_ids(student_tokenizer) - _written(student_tokenizer)
+    unread = special_tokens(student_tokenizer).keys() - _written(student_tokenizer)
     for row in sorted(row for row in student if row >= shared):
         token = student[row]
         if token != IMAGE_TOKEN and row not in unread:
@@ -49,9 +50,7 @@ def _written(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     system = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
     ids: set[int] = set()
     for messages in (PROBE, [*PROBE, PROBE[0]], [system, *PROBE]):
-        text = render(tokenizer, tokenizer.chat_template, messages)
-        begun = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-        ids.update(tokenizer(text, add_special_tokens=not begun)["input_ids"])
+        ids.update(text_ids(render(tokenizer, tokenizer.chat_template, messages), tokenizer)[0])
     return ids
 
 

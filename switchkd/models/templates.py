@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from switchkd.data.conversations.tokens import special_tokens
 from switchkd.models.tiny import CHAT_TEMPLATE
 
 IMAGE_TOKEN = "<image>"
@@ -85,13 +86,5 @@ def end_tokens(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
 def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> int | None:
     """The special token that the template writes after an answer; None where it writes none."""
     after = render(tokenizer, template, PROBE).rpartition(ANSWER)[2]
-    special = special_ids(tokenizer)
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-    return next((token for token in ids if token in special), None)
-
-
-def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The ids of the tokenizer's special tokens, those among its added tokens too that no role names (`<|end|>` of
-    Phi-3)."""
-    added = {row for row, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added.union(tokenizer.all_special_ids)
+    special = special_tokens(tokenizer)
+    return next((row for row in tokenizer(after, add_special_tokens=False)["input_ids"] if row in special), None)

@@ -142,6 +142,7 @@ def test_a_given_template_is_used_and_its_end_of_turn_stops_generate(tmp_path, c
     own = (
         "{% for m in messages %}{{ m['role'] }}:{% for c in m['content'] %}"
         "{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     tiny = TinyLlava()
     tiny.tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})

@@ -3,14 +3,15 @@ import random
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlavaForConditionalGeneration
 
 from switchkd.data.conversations.conversation import Conversation
-from switchkd.data.conversations.encoding import encode_prompt
+from switchkd.data.conversations.encoding import encode, encode_prompt
 from switchkd.evaluation import Answer, generate_answers
 from switchkd.models.tiny import random_llava, tiny_processor
 
 SIZE = 32
+GENERATE = LlavaForConditionalGeneration.generate
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +233,30 @@ def test_errors(model, processor, conversations):
         answer(model, processor, conversations, max_new_tokens={"a": 1})
     with pytest.raises(ValueError, match="conversation 'x' has no user message"):
         answer(model, processor, [Conversation("x", conversations[0].messages[1:], [])])
-    stored = model.generation_config, processor.tokenizer.eos_token
+    stored = model.generation_config, processor.tokenizer.eos_token, processor.chat_template
     model.generation_config, processor.tokenizer.eos_token = GenerationConfig(), None
+    processor.chat_template = processor.chat_template.replace("<|im_end|>", "")
     try:
         with pytest.raises(ValueError, match=r"neither .* names an end token"):
             answer(model, processor, conversations)
     finally:
-        model.generation_config, processor.tokenizer.eos_token = stored
+        model.generation_config, processor.tokenizer.eos_token, processor.chat_template = stored
+
+
+@pytest.mark.parametrize("named", [[], ["<|endoftext|>"]])
+def test_what_is_trained_to_end_an_answer_ends_it(model, processor, conversations, named, monkeypatch):
+    """Although neither the generation config nor the tokenizer names it: of the template alone."""
+    tokenizer = processor.tokenizer
+    stored = model.generation_config, tokenizer.eos_token
+    rows = tokenizer.convert_tokens_to_ids(named)
+    model.generation_config, tokenizer.eos_token = GenerationConfig(eos_token_id=rows or None), None
+    sample = encode(conversations[0], processor)
+    trained = int(sample["labels"][sample["labels"] != -100][-1])
+    asked = []
+    monkeypatch.setattr(model, "generate", lambda **given: asked.append(given) or GENERATE(model, **given))
+    try:
+        assert len(answer(model, processor, conversations[:1])) == 1
+    finally:
+        model.generation_config, tokenizer.eos_token = stored
+    assert asked[0]["generation_config"].eos_token_id == sorted([*rows, trained])
+    assert tokenizer.convert_ids_to_tokens(trained) == "<|im_end|>"

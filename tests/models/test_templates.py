@@ -8,6 +8,7 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer
 from transformers import (
     AutoProcessor,
+    AutoTokenizer,
     LlavaForConditionalGeneration,
     LogitsProcessor,
     LogitsProcessorList,
@@ -17,6 +18,8 @@ from transformers import (
 )
 
 from switchkd.data import Conversation, encode
+from switchkd.data.conversations.sample_check import SampleCheck
+from switchkd.evaluation import generate_answers
 from switchkd.models import assemble_llava
 from switchkd.models.tiny import CHAT_TEMPLATE, tiny_text_config, tiny_tokenizer, tiny_vision_config
 
@@ -212,3 +215,47 @@ def test_generate_stops_at_the_end_of_turn_of_a_base_model(tmp_path):
 def test_one_end_token_stays_one_number():
     tokenizer = qwen()
     assert assemble(tokenizer)[0].generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+# Their end of turn is special in the tokenizer's file, although no role names it.
+PHI = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' }}{% for c in m['content'] %}"
+    "{{ '<image>\n' if c['type'] == 'image' else c['text'] }}{% endfor %}{{ '<|end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+GEMMA = PHI.replace("'<|' + m['role'] + '|>\n'", "'<start_of_turn>' + m['role'] + '\n'")
+GEMMA = GEMMA.replace("<|end|>", "<end_of_turn>").replace("<|assistant|>", "<start_of_turn>assistant")
+UNNAMED = {  # template, special tokens that it writes, whether they take the white space after them, end of turn
+    "phi3": (PHI, ["<|user|>", "<|assistant|>", "<|end|>"], True, "<|end|>"),
+    "phi4": (PHI, ["<|user|>", "<|assistant|>", "<|end|>"], False, "<|end|>"),
+    "gemma": (GEMMA, ["<start_of_turn>", "<end_of_turn>"], False, "<end_of_turn>"),
+}
+
+
+@pytest.mark.parametrize("kind", UNNAMED)
+def test_an_end_of_turn_that_stands_only_among_the_added_tokens(tmp_path, kind):
+    template, special, takes_space, end = UNNAMED[kind]
+    tokenizer = text_tokenizer(None, [], "<|endoftext|>")
+    tokenizer.add_tokens([AddedToken(token, special=True, rstrip=takes_space) for token in special])
+    tokenizer.save_pretrained(tmp_path / "lm")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")
+    assert end not in tokenizer.all_special_tokens
+    model, processor = assemble(tokenizer, template)
+    conversation = two_turns()
+    sample = encode(conversation, processor)
+    answers = processor.tokenizer.decode(sample["labels"][sample["labels"] != -100])
+    assert answers.replace("\n", "") == f"yes{end}at the edge{end}"
+    trained = tokenizer.convert_tokens_to_ids(end)
+    assert trained in ends(model)
+    assert SampleCheck(processor)(conversation).answer_length == int((sample["labels"] != -100).sum())
+
+    processor.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "whole")
+    reloaded = LlavaForConditionalGeneration.from_pretrained(tmp_path / "whole")
+    with torch.no_grad():  # whatever it reads, it writes the end of turn next
+        reloaded.lm_head.weight.zero_()
+        reloaded.model.language_model.norm.weight.zero_()
+        reloaded.lm_head = torch.nn.Linear(32, reloaded.lm_head.out_features)
+        reloaded.lm_head.bias.zero_()[trained] = 9
+    (answer,) = generate_answers(reloaded, AutoProcessor.from_pretrained(tmp_path / "whole"), [conversation])
+    assert (answer.text, answer.probabilities) == ("", ())

@@ -20,7 +20,7 @@ from switchkd.data.conversations.conversation import Conversation
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2  # raise it when the check finds other things than before
+FORMAT = 3  # raise it when the check finds other things than before
 
 
 @dataclass

@@ -13,6 +13,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 
+from switchkd.data.classes import refuse_alike
 from switchkd.data.conversations.conversation import Conversation
 from switchkd.data.defects import DefectImage
 
@@ -73,8 +74,8 @@ def to_conversations(
     the whole set, so that yes and no are equally frequent, over all and for each class, as far as the set
     allows it. `count` and `locate` name an absent class in a quarter of the images that leave the choice.
 
-    Raises ValueError, before the first conversation, for an unknown kind, a label that is not in `classes`,
-    and two images of one id.
+    Raises ValueError, before the first conversation, for an unknown kind, classes that differ only in form
+    (`refuse_alike`), a label that is not in `classes`, and two images of one id.
     """
     images, classes = list(defect_images), list(classes)
     _check(images, classes, kinds)
@@ -190,8 +191,9 @@ def _check(images: Sequence[DefectImage], classes: Sequence[str], kinds: Sequenc
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"kinds={list(kinds)}: name at least one, each of {', '.join(KINDS)}")
-    if not classes or len({shown(name) for name in classes}) != len(classes):
-        raise ValueError(f"classes={list(classes)}: give at least one, each once ('_' and ' ' read the same)")
+    if not classes or len(set(classes)) != len(classes):
+        raise ValueError(f"classes={list(classes)}: give at least one, each once")
+    refuse_alike((name, "classes") for name in classes)
     seen = set()
     for image in images:
         where = image.image_path or image.id

@@ -20,7 +20,8 @@ def read_llava(path: str | Path, image_root: str | Path, *, max_bad_rate: float 
 
     As LLaVA and TinyLLaVA do, a turn with one mark shows its image first, wherever the mark stands, and answers
     before the first question are left out (ShareGPT's conversations in `llava_v1_5_mix665k.json`). Several marks of
-    one turn keep their places, which is ours. Other keys are ignored, and an id may come twice.
+    one turn keep their places, which is ours. Other keys are ignored, but for those of pictures
+    (`refuse_lost_pictures`), and an id may come twice.
 
     The whole file is read and its structure checked (`check_messages`) before the first conversation is
     returned; image files are not opened. Image paths are relative to `image_root` and must stay inside it.
@@ -48,9 +49,6 @@ def read_llava(path: str | Path, image_root: str | Path, *, max_bad_rate: float 
                 raise ValueError(f'{where}: unknown role {turn["from"]!r} in "from"; known roles are {known}')
             if messages or role != "assistant":
                 messages.append({"role": role, "content": split_marks(turn["value"], one_first=True)})
-        names = record.get("image") or []
-        return as_conversation(
-            record, path, number, messages, [names] if isinstance(names, str) else names, image_root, where
-        )
+        return as_conversation(record, path, number, messages, "image", image_root, where)
 
     return iter(keep_good(enumerate(records), read, max_bad_rate=max_bad_rate, what=str(path)))

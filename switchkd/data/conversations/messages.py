@@ -40,7 +40,7 @@ def read_messages(path: str | Path, image_root: str | Path, *, max_bad_rate: flo
             if isinstance(content, str):
                 content = split_marks(content)
             messages.append({"role": message["role"], "content": content})
-        return as_conversation(record, path, number, messages, record.get("images") or [], image_root, where)
+        return as_conversation(record, path, number, messages, "images", image_root, where)
 
     rules = {"max_bad_rate": max_bad_rate, "what": str(path)}
     if parquet:

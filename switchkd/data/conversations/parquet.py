@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from switchkd.data.conversations.lost_pictures import is_picture_key
+
 COLUMNS = ("id", "messages", "images")
 ROWS_AT_ONCE = 1000
 
@@ -37,7 +39,8 @@ class ParquetImage:
 
 def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The columns "id", "messages" and "images" of a parquet file, or of all `*.parquet` of a folder in the order of
-    their names, row by row; "images" as a list of path texts and, where a row stores bytes, `ParquetImage`.
+    their names, row by row; "images" as a list of path texts and, where a row stores bytes, `ParquetImage`. Other
+    columns are left out, and of those that are named like pictures True stands for each that they hold.
 
     Read through `datasets`, which keeps a copy in its own cache folder (HF_DATASETS_CACHE) and maps that into memory.
     Raises ImportError where `datasets` is not installed, FileNotFoundError for a folder without parquet files,
@@ -53,8 +56,9 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             f" {', '.join(map(repr, dataset.column_names))}"
         )
     arrow = dataset.with_format("arrow")
-    arrow = arrow.select_columns([name for name in COLUMNS if name in dataset.column_names])
-    texts = [name for name in arrow.column_names if name != "images"]
+    lost = [name for name in dataset.column_names if name not in COLUMNS and is_picture_key(name)]
+    arrow = arrow.select_columns([name for name in (*COLUMNS, *lost) if name in dataset.column_names])
+    texts = [name for name in arrow.column_names if name in ("id", "messages")]
     pictures = arrow.select_columns(["images"]) if "images" in arrow.column_names else None
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -64,6 +68,7 @@ def parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
             for place, record in enumerate(table.select(texts).to_pylist()):
                 record["messages"] = _without_nulls(record["messages"])
                 record["images"] = [] if cells is None else _images(cells[place], pictures, row, path)
+                record |= {name: _held(table.column(name)[place]) for name in lost}
                 yield record
                 row += 1
 
@@ -100,6 +105,19 @@ def _images(cell: Any, pictures: Any, row: int, path: Path) -> list[Any]:
         else:
             images.append(item["path"].as_py() if "path" in item else None)
     return images
+
+
+def _held(cell: Any) -> list[bool]:
+    """True for each picture of a cell, whose bytes are not copied."""
+    import pyarrow
+
+    if isinstance(cell, pyarrow.ListScalar):
+        return [True for item in cell.values or () for _ in _held(item)]
+    if isinstance(cell, pyarrow.StructScalar):
+        return [True] * (cell.is_valid and any(cell[name].is_valid for name in cell))
+    if isinstance(cell, pyarrow.BinaryScalar):  # texts too
+        return [True] * (cell.is_valid and cell.as_buffer().size > 0)
+    return [True] * (cell.is_valid and cell.as_py() > 0)
 
 
 def _without_nulls(messages: Any) -> Any:

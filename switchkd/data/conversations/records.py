@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from switchkd.data.conversations.conversation import IMAGE_MARK, Conversation, check_messages
+from switchkd.data.conversations.lost_pictures import refuse_lost_pictures
 from switchkd.data.conversations.parquet import ParquetImage
 from switchkd.data.images import inside
 
@@ -29,6 +30,7 @@ def split_marks(text: str, *, one_first: bool = False) -> list[dict]:
 
 
 def field(record: Any, name: str, where: str, items: str) -> list:
+    """The list that a record must have under `name`."""
     value = record.get(name) if isinstance(record, dict) else None
     if not isinstance(value, list) or not value:
         found = f"keys {', '.join(map(repr, record))}" if isinstance(record, dict) else type(record).__name__
@@ -45,8 +47,11 @@ def _kinds(names: Any) -> str:
 
 
 def as_conversation(
-    record: dict, path: Path, number: int, messages: list[dict], names: Any, image_root: str | Path, where: str
+    record: dict, path: Path, number: int, messages: list[dict], own: str, image_root: str | Path, where: str
 ) -> Conversation:
+    """The conversation of a record whose pictures stand under its key `own`, its structure checked."""
+    names = record.get(own) or []
+    names = [names] if own == "image" and isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str | ParquetImage) for name in names):
         raise ValueError(f"{where}: image paths must be text or a list of texts, but are {_kinds(names)}")
     try:
@@ -54,5 +59,6 @@ def as_conversation(
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     check_messages(messages, images, where)
+    refuse_lost_pictures(record, own, messages, images, where)
     name = record.get("id")
     return Conversation(f"{path.stem}-{number}" if name is None else str(name), messages, images, source=str(path))

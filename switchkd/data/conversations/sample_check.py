@@ -24,6 +24,8 @@ from switchkd.data.conversations.tokens import (
     cut,
     process,
     refuse_slow,
+    render,
+    text_ids,
     tokenize,
 )
 
@@ -107,11 +109,26 @@ def check_samples(
             save_outcome(cache, key, outcome)
     for faults in outcome.faults:
         faults.report(max_bad_rate)
+    good = next((each for each, length in zip(conversations, outcome.lengths, strict=True) if length), None)
+    if good is not None:
+        _report_added_ends(good, processor)
     if outcome.cut:
         logger.warning(
             "max_length=%s cuts the end of %s of %s samples", max_length, f"{outcome.cut:,}", f"{len(conversations):,}"
         )
     return outcome
+
+
+def _report_added_ends(conversation: Conversation, processor: Any) -> None:
+    tokenizer = processor.tokenizer
+    (text,) = render([conversation.messages], processor, f"conversation {conversation.id!r}")
+    if added := text_ids(text, tokenizer)[1]:
+        logger.warning(
+            "the tokenizer adds %s after each text, which is left out here, in training and judging; the stock "
+            "processor puts it behind every prompt, where no answer can follow: take it out of the post_processor of "
+            "tokenizer.json (add_eos_token in tokenizer_config.json)",
+            " ".join(tokenizer.convert_ids_to_tokens(added)),
+        )
 
 
 def _as_before(conversations: Sequence[Conversation], outcome: CheckOutcome, check: SampleCheck) -> bool:

@@ -6,7 +6,7 @@ character offsets of the text that the template renders, never from splitting it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -32,11 +32,16 @@ def render(conversations: list[list[dict]], processor: Any, where: str, *, promp
         ) from error
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """The tokenizer's special tokens by their ids: those of its roles, and those among its added tokens too that no
+    role names, as `<|end|>` of Phi-3."""
+    added = {row: token.content for row, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
 def refuse_special_tokens(messages: list[dict], processor: Any, where: str) -> None:
     """A text that spells a special token would end its turn or begin another; `check_messages` counts image marks."""
-    tokenizer = processor.tokenizer
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = added.union(tokenizer.all_special_tokens) - {IMAGE_MARK}
+    special = set(special_tokens(processor.tokenizer).values()) - {IMAGE_MARK}
     for message in messages:
         text = message_text(message)
         if found := sorted(token for token in special if token in text):
@@ -58,11 +63,12 @@ def refuse_slow(processor: Any) -> None:
 def answer_spans(messages: list[dict], processor: Any, where: str) -> tuple[str, list[tuple[int, int]]]:
     """The rendered text, and for each assistant turn its (start, end) characters counted without image marks.
 
-    Image marks are left out of the count because their length changes when the processor expands them.
+    Image marks are left out of the count because their length changes when the processor expands them. A span holds
+    the answer, white space and the special tokens that end it; ValueError where the template writes more into it.
     """
     refuse_slow(processor)
     refuse_special_tokens(messages, processor, where)
-    mark = processor.image_token
+    mark, special = processor.image_token, special_tokens(processor.tokenizer).values()
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     uptos = [messages[: index + 1] for index in answers]
     # The last answer ends the whole text, unless a question without an answer follows it.
@@ -77,20 +83,60 @@ def answer_spans(messages: list[dict], processor: Any, where: str) -> tuple[str,
                 " differently from the same messages in the whole conversation, which hides the answers;"
                 " use a template that writes each turn independently of later ones"
             )
+        _refuse_template_text(upto[len(before) :], messages[index], mark, special, where)
         # White space after the end-of-turn token belongs to the template, not to the answer.
         start, end = len(before), len(upto.rstrip())
         spans.append((start - before.count(mark) * len(mark), end - upto.count(mark) * len(mark)))
     return text, spans
 
 
+def _refuse_template_text(written: str, answer: dict, mark: str, special: Iterable[str], where: str) -> None:
+    """ValueError where `written`, what the template makes of an answer after its prompt, holds text of its own: that
+    would be learnt as part of the answer, while judging does not write it into the prompt. `special`: the special
+    tokens' texts."""
+    texts = [item["text"] for item in answer["content"] if item["type"] == "text"]
+    rest = written
+    for piece in (part.strip() for text in texts for part in text.split(IMAGE_MARK)):
+        rest = _without_space(rest, mark)
+        if not rest.startswith(piece):
+            found = rest.partition(piece)[0] if piece in rest else rest
+            raise ValueError(
+                f"{where}: the chat template writes {found[:60]!r} between the prompt and the answer {piece[:40]!r},"
+                " which would be learnt as part of the answer and is not there when a question is asked; let it write"
+                " that text in its add_generation_prompt block"
+            )
+        rest = rest[len(piece) :]
+    rest = whole = _without_space(rest, mark).rstrip()
+    while end := next((token for token in special if rest.endswith(token)), None):
+        rest = rest.removesuffix(end).rstrip()
+    if rest and rest != whole:  # without any special token at the end, `answer_labels` says what is wrong
+        end = whole.removeprefix(rest).strip()
+        raise ValueError(
+            f"{where}: the chat template writes {rest[:60]!r} between the answer and {end!r}, which would be learnt as"
+            " part of every answer; take it out of the template"
+        )
+
+
+def _without_space(text: str, mark: str) -> str:
+    """The text without the white space and image marks that it begins with."""
+    text = text.lstrip()
+    while text.startswith(mark):
+        text = text.removeprefix(mark).lstrip()
+    return text
+
+
 def tokenize(text: str, processor: Any) -> tuple[torch.Tensor, np.ndarray]:
-    """Ids [T] and offsets [T, 2] of a text whose image marks are not expanded."""
+    """Ids [T] and offsets [T, 2] of a text whose image marks are not expanded, as `process` gives them."""
     encoded = processor.tokenizer(
-        text, return_offsets_mapping=True, add_special_tokens=_adds_special_tokens(text, processor)
+        text,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+        add_special_tokens=_adds_special_tokens(text, processor.tokenizer),
     )
     # By way of numpy: torch reads a long list many times more slowly.
-    offsets = np.fromiter(chain.from_iterable(encoded["offset_mapping"]), np.int64)
-    return torch.from_numpy(np.array(encoded["input_ids"], np.int64)), offsets.reshape(-1, 2)
+    offsets = np.fromiter(chain.from_iterable(encoded["offset_mapping"]), np.int64).reshape(-1, 2)
+    length = _text_length(encoded["special_tokens_mask"])
+    return torch.from_numpy(np.array(encoded["input_ids"][:length], np.int64)), offsets[:length]
 
 
 def check_marks(text: str, images: Sequence, processor: Any, where: str) -> None:
@@ -106,7 +152,10 @@ def check_marks(text: str, images: Sequence, processor: Any, where: str) -> None
 def process(
     text: str, images: Sequence, processor: Any, where: str, *, return_offsets_mapping: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The processor's input_ids [T], and if asked or there offset_mapping [T, 2] and pixel_values."""
+    """The processor's input_ids [T], and if asked or there offset_mapping [T, 2] and pixel_values.
+
+    What the tokenizer itself adds after a text (`<s> $A </s>`) is left out: no answer could follow it.
+    """
     check_marks(text, images, processor, where)
     try:
         pictures = [load_image(image) for image in images]
@@ -117,17 +166,34 @@ def process(
         images=pictures or None,
         return_tensors="pt",
         return_offsets_mapping=return_offsets_mapping,
-        add_special_tokens=_adds_special_tokens(text, processor),
+        return_special_tokens_mask=True,
+        add_special_tokens=_adds_special_tokens(text, processor.tokenizer),
     )
-    kept = {name: encoded[name][0] for name in ("input_ids", "offset_mapping") if name in encoded}
+    length = _text_length(encoded["special_tokens_mask"][0].tolist())
+    kept = {name: encoded[name][0][:length] for name in ("input_ids", "offset_mapping") if name in encoded}
     if pictures:
         kept["pixel_values"] = encoded["pixel_values"]
     return kept
 
 
-def _adds_special_tokens(text: str, processor: Any) -> bool:
+def text_ids(text: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids of a text as `process` gives them, and those that the tokenizer would add after it."""
+    encoded = tokenizer(text, return_special_tokens_mask=True, add_special_tokens=_adds_special_tokens(text, tokenizer))
+    length = _text_length(encoded["special_tokens_mask"])
+    return encoded["input_ids"][:length], encoded["input_ids"][length:]
+
+
+def _text_length(special_tokens_mask: list[int]) -> int:
+    """How many ids there are up to the last that the tokenizer did not add by itself."""
+    length = len(special_tokens_mask)
+    while length and special_tokens_mask[length - 1]:
+        length -= 1
+    return length
+
+
+def _adds_special_tokens(text: str, tokenizer: Any) -> bool:
     # As transformers' processor.apply_chat_template: a template that writes the start token must not get two.
-    bos = processor.tokenizer.bos_token
+    bos = tokenizer.bos_token
     return not (bos and text.startswith(bos))
 
 
@@ -144,7 +210,7 @@ def answer_labels(
     starts, ends = (offsets - passed[:, None]).T
     text_token = ~is_image & (ends > starts)
     labels = np.full_like(rows, IGNORE)
-    special = set(processor.tokenizer.all_special_ids)
+    special = special_tokens(processor.tokenizer)
     for start, end in spans:
         if (text_token & (starts < start) & (ends > start)).any():
             raise ValueError(

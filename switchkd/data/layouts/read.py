@@ -36,7 +36,7 @@ def read_defects(
     Raises FileNotFoundError for a missing folder or image, ValueError for an unknown layout or split and,
     naming file and field, for XML that does not parse or misses a field, a size that differs from the
     picture's, a picture that cannot be decoded, two pictures for one XML file, an EXIF orientation other than
-    1, an empty or inverted box, and a box outside its image.
+    1, an object that is turned, has no box or several, an empty or inverted box, and a box outside its image.
     """
     if first_pixel not in (0, 1):
         raise ValueError(f"first_pixel={first_pixel} must be 1, as in Pascal VOC, or 0")

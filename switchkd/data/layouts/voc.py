@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 ANNOTATION_FOLDERS = ("annotations", "Annotations")
 IMAGE_FOLDERS = ("images", "JPEGImages")
+ANGLES = ("rotation", "angle", "theta", "orientation")
+FORMS = ("robndbox", "polygon", "polyline", "points", "point", "ellipse", "mask", "segmentation", "cuboid")
+NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 LOOKED_FOR = f"Pascal VOC: {' or '.join(ANNOTATION_FOLDERS)} beside {' or '.join(IMAGE_FOLDERS)}"
 
 
@@ -91,6 +96,7 @@ def _image(xml: Path, picture: Path, first_pixel: int) -> tuple[DefectImage, int
 def _box(item: ElementTree.Element, size: tuple[int, int], xml: Path, first_pixel: int) -> tuple[Box, str]:
     """The half-open box and the label of one object. Its errors show the numbers of the file."""
     label = _field(item, "name", xml)
+    _refuse_more_than_a_box(item, f"{xml}: object {label!r}")
     stated = {side: _number(item, f"bndbox/{side}", xml) for side in ("xmin", "ymin", "xmax", "ymax")}
     xmin, ymin, xmax, ymax = stated.values()
     box = (xmin - first_pixel, ymin - first_pixel, xmax, ymax)
@@ -106,6 +112,37 @@ def _box(item: ElementTree.Element, size: tuple[int, int], xml: Path, first_pixe
             " correct the box, or the size if the image was resized after labelling"
         )
     return box, label
+
+
+def _refuse_more_than_a_box(item: ElementTree.Element, where: str) -> None:
+    """ValueError for an object whose label says more than one upright box, which would be taken for all of it: an angle
+    (CVAT's attribute `rotation`, roLabelImg's `robndbox`), a form without a box, several boxes. A turn by half a
+    circle leaves a box as it is, and a form beside its box, which encloses it, is fine."""
+    for name, angle in _angles(item):
+        if angle % 180 != 0:
+            raise ValueError(
+                f"{where} is turned: its {name} is {angle:g}, and its box would be read as upright;"
+                " draw an upright box around it"
+            )
+    boxes = len(item.findall("bndbox"))
+    form = next((form for form in FORMS if item.find(form) is not None), None)
+    if form and not boxes:
+        raise ValueError(f"{where} has a {form} and no bndbox, which alone is read: export its upright box")
+    if boxes > 1:
+        raise ValueError(f"{where} has {boxes} boxes (bndbox): give each an object of its own")
+
+
+def _angles(item: ElementTree.Element) -> Iterator[tuple[str, float]]:
+    """Name and value of everything in an object that is called an angle and is a number: elements, attributes of
+    theirs, and CVAT's <attribute> of a name and a value. Words, as in an `orientation` of one's own, are none."""
+    for element in item.iter():
+        stated = {element.tag: element.text, **element.attrib}
+        if element.tag == "attribute":
+            stated[element.findtext("name", "")] = element.findtext("value")
+        for name, text in stated.items():
+            number = NUMBER.match((text or "").replace(",", "."))
+            if name.strip().lower() in ANGLES and number:
+                yield name.strip(), float(number[0])
 
 
 class _PlainXML(ElementTree.TreeBuilder):

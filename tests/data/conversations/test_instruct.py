@@ -172,4 +172,4 @@ def test_other_errors():
     with pytest.raises(ValueError, match=r"kinds=\['describe'\]: name at least one, each of exists, classify"):
         to_conversations([defect("a")], CLASSES, kinds=["describe"])
     with pytest.raises(ValueError, match="each once"):
-        to_conversations([defect("a")], ["a_b", "a b"])
+        to_conversations([defect("a")], ["a_b", "a_b"])

@@ -174,3 +174,30 @@ def test_without_datasets_the_sentence_says_what_to_install(tmp_path, monkeypatc
         ImportError, match=r"a\.parquet: parquet is read by the library datasets, which is not installed"
     ):
         read_messages(path, tmp_path)
+
+
+def test_pictures_in_a_column_that_is_not_read_are_a_bad_sample(tmp_path):
+    picture = stored(0)
+    kept = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {
+        "image": pa.array([None, picture], kept),
+        "image_bytes": pa.array([b"", picture["bytes"]]),
+        "videos": pa.array([[], ["a.mp4", "b.mp4"]]),
+        "image_path": pa.array([None, "plate.jpg"]),
+        "frames": pa.array([None, [None, picture]], pa.list_(kept)),
+        "image_id": pa.array([-1, 7]),
+        "audio": pa.array([None, None], pa.string()),
+        "image_caption": pa.array(["", "A plate."]),
+    }
+    table = pa.Table.from_pylist([row(number, [], "What is it?") for number in range(2)]).drop_columns("images")
+    for name, column in columns.items():
+        table = table.append_column(name, column)
+    pq.write_table(table, tmp_path / "a.parquet")
+    first, second = parquet.parquet_rows(tmp_path / "a.parquet")
+    lost = {name: first[name] for name in columns if name in first}
+    assert lost == {name: [] for name in columns if name != "image_caption"}
+    held = {"image": 1, "image_bytes": 1, "videos": 2, "image_path": 1, "frames": 1, "image_id": 1, "audio": 0}
+    assert {name: second[name] for name in lost} == {name: [True] * count for name, count in held.items()}
+    with pytest.raises(ValueError, match=r"a\.parquet, row 1: its key 'image' holds 1 pictures and 'images', which"):
+        read_messages(tmp_path / "a.parquet", tmp_path)
+    assert [each.id for each in read_messages(tmp_path / "a.parquet", tmp_path, max_bad_rate=0.5)] == ["0"]

@@ -169,6 +169,66 @@ def test_bad_pictures(tmp_path):
         read_defects(tmp_path)
 
 
+BOX = "<bndbox>"
+CVAT = "<attributes><attribute><name>{}</name><value>{}</value></attribute></attributes>" + BOX
+ROBNDBOX = "<robndbox><cx>5</cx><cy>5</cy><w>3</w><h>2</h><angle>{}</angle></robndbox>"
+
+
+@pytest.mark.parametrize(
+    ("label", "found"),
+    [
+        (CVAT.format("rotation", "45.0"), "rotation is 45,"),
+        (CVAT.format("Rotation", "-90.0"), "Rotation is -90,"),
+        ("<angle>1.5708</angle>" + BOX, "angle is 1.5708,"),
+        ("<rotation>12,5</rotation>" + BOX, "rotation is 12.5,"),
+        ('<bndbox angle="30">', "angle is 30,"),
+        (ROBNDBOX.format("0.7") + BOX, "angle is 0.7,"),
+        ("<theta>90\u00b0</theta>" + BOX, "theta is 90,"),
+    ],
+    ids=["cvat", "quarter", "radians", "comma", "attribute", "robndbox", "degrees"],
+)
+def test_a_turned_object_is_a_bad_sample(tmp_path, caplog, label, found):
+    write(tmp_path, "a", (1, 1, 5, 5))
+    edit(write(tmp_path, "b", (1, 1, 5, 5)), BOX, label)
+    with pytest.raises(ValueError, match=rf"b\.xml: object 'crack' is turned: its {re.escape(found)} and its box"):
+        read_defects(tmp_path)
+    assert [image.id for image in read_defects(tmp_path, max_bad_rate=0.5)] == ["a"]
+    assert f"is turned: its {found}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        CVAT.format("rotation", "0.0"),
+        CVAT.format("rotation", "180.0"),
+        CVAT.format("orientation", "along the strip"),
+        CVAT.format("depth", "45"),
+        "<pose>Left</pose><angle></angle>" + BOX,
+        ROBNDBOX.format("0.0") + BOX,
+        "<polygon><x1>1</x1><y1>1</y1></polygon>" + BOX,
+    ],
+    ids=["upright", "half a circle", "a word", "another number", "empty", "robndbox", "polygon"],
+)
+def test_what_leaves_the_box_as_it_is(tmp_path, label):
+    edit(write(tmp_path, "a", (1, 1, 5, 5)), BOX, label)
+    assert next(read_defects(tmp_path)).boxes == ((0, 0, 5, 5),)
+
+
+@pytest.mark.parametrize("form", ["polygon", "robndbox", "mask"])
+def test_an_object_without_a_box_names_what_it_has(tmp_path, form):
+    xml = write(tmp_path, "a", (1, 1, 5, 5))
+    xml.write_text(xml.read_text().replace("bndbox>", f"{form}>"))
+    with pytest.raises(ValueError, match=rf"a\.xml: object 'crack' has a {form} and no bndbox, which alone is read"):
+        read_defects(tmp_path)
+
+
+def test_an_object_of_two_boxes_loses_neither(tmp_path):
+    xml = write(tmp_path, "a", (1, 1, 5, 5), (2, 2, 6, 6))
+    xml.write_text(re.sub(r"</object><object>.*?(?=<bndbox>)", "", xml.read_text(), flags=re.DOTALL))
+    with pytest.raises(ValueError, match=r"a\.xml: object 'crack' has 2 boxes \(bndbox\): give each an object"):
+        read_defects(tmp_path)
+
+
 def test_pictures_stay_inside_the_folder(tmp_path):
     write(tmp_path / "elsewhere", "secret")
     write(tmp_path / "data", "a")
