@@ -1,6 +1,8 @@
 import logging
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -300,3 +302,9 @@ def test_neu_det_split(neu_det):
     assert not {image.id for image in train} & {image.id for image in val}
     assert sum(len(image.boxes) for image in val) == 854
     assert sum(len(image.boxes) for image in train) == 3332
+
+
+def test_reading_boxes_brings_no_text_and_no_model():
+    code = "import sys, switchkd.data.steel, switchkd.data.layouts.read; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not [name for name in loaded if name in ("torch", "transformers") or "conversations" in name]
