@@ -12,6 +12,7 @@ from transformers import LlavaProcessor
 from switchkd.config import Stage
 from switchkd.data import Conversation, ConversationDataset
 from switchkd.data.config import DataConfig
+from switchkd.data.conversations.lost_pictures import warn_without_pictures
 from switchkd.data.sources import ConversationSets, load_conversations
 from switchkd.tasks.vlm_config import Run
 from switchkd.training.held_out import hold_out
@@ -43,6 +44,8 @@ class StageData:
                         workers=min(16, os.cpu_count() or 1),
                     )
                 state.print(f"{stage.name}: {len(self._sets[data]):,} training samples")
+            if stage.method and state.is_main_process:
+                warn_without_pictures(self._sets[data].conversations, stage.name)
             count = len(self._sets[data])
             if stage.train.eval_every:
                 train, _ = hold_out(range(count), stage.train.eval_samples, f"{stage.field('train')}.eval_samples")

@@ -3,6 +3,7 @@ checked before any of them."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -120,3 +121,19 @@ def test_samples_that_cannot_be_held_out_end_the_run_before_the_first_stage(tmp_
         return
     with pytest.raises(ValueError, match=r"sft\.train\.eval_samples is 2 and there are 3 training samples"):
         StageData(config, config.stages(), tiny_processor())
+
+
+@pytest.mark.parametrize(("distils", "warned"), [(True, 1), (False, 0)])
+def test_a_distilling_stage_without_a_picture_warns(tmp_path, caplog, distils, warned):
+    talk = [
+        {"role": role, "content": [{"type": "text", "text": text}]}
+        for role, text in (("user", "a?"), ("assistant", "b"))
+    ]
+    (tmp_path / "talks.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    data = DataConfig(source="messages", root=str(tmp_path), train_split=str(tmp_path / "talks.jsonl"), test_split=None)
+    stages = {} if distils else {"distil": None, "sft": StageConfig()}
+    config = Run(name="a", out=str(tmp_path), data=data, undistilled=False, **stages)
+    StageData(config, config.stages(), tiny_processor())
+    said = [record.message for record in caplog.records if "picture" in record.message]
+    assert len(said) == warned
+    assert all(config.last.name in message for message in said)
