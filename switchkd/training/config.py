@@ -137,7 +137,7 @@ class TrainConfig:
     """Samples of one optimizer step over all processes, whatever their number: sets the accumulation steps."""
     group_by_length: bool = False
     """Batches of samples of about one length, in random order: less padding where lengths differ."""
-    optimizer: Optimizer = "adamw_torch"
+    optimizer: Optimizer = "adamw_torch_fused"
     """Optimizer, by the name that transformers' Trainer has for it; settings of its own go to extra (adam_beta2: 0.95,
     optim_args: momentum=0.9)."""
     lr: float = 1e-3

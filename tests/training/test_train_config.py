@@ -48,6 +48,13 @@ def test_names_are_trainers_own():
     assert MODULES.keys() <= set(get_args(Optimizer))
 
 
+def test_the_default_optimizer_is_trainers(tmp_path):
+    """As transformers has it from torch 2.8 on."""
+    assert TrainConfig().optimizer == training_arguments(train(), tmp_path).optim == "adamw_torch_fused"
+    if torch.__version__ >= "2.8":
+        assert TrainingArguments(str(tmp_path), use_cpu=True).optim == "adamw_torch_fused"
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("sgd", "SGD"), ("adagrad", "Adagrad"), ("adafactor", "Adafactor"), ("adamw_torch", "AdamW")]
 )
