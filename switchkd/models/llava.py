@@ -16,8 +16,8 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from switchkd.models.image_processors import check_picture_size, square_image_processor
 from switchkd.models.load import load_processor, load_weights
-from switchkd.models.pictures import check_picture_size, square_pictures
 from switchkd.models.shapes import check_tower, llava_config, saved_config
 from switchkd.models.templates import IMAGE_TOKEN, add_image_token, end_tokens, image_template
 
@@ -134,7 +134,7 @@ def make_processor(
     The tokenizer takes it on. image_processor: left out, the tower's kind with pictures resized to a square.
     Raises ValueError for pictures of another size than the tower reads, and where no template takes images.
     """
-    image_processor = image_processor or square_pictures(vision)
+    image_processor = image_processor or square_image_processor(vision)
     check_picture_size(image_processor, vision)
     tokenizer.chat_template = image_template(tokenizer, chat_template)
     add_image_token(tokenizer)

@@ -15,9 +15,9 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from switchkd.models.config import StudentConfig
+from switchkd.models.image_processors import load_image_processor, tower_image_processor
 from switchkd.models.llava import assemble_llava, freeze, load_llava, make_processor
 from switchkd.models.load import load_processor, load_tokenizer, load_weights
-from switchkd.models.pictures import load_pictures, tower_pictures
 from switchkd.models.shapes import check_tower, feature_layer, part_config
 from switchkd.models.tiny import STUDENT_SHAPE, VISION_TOWER, tiny_text_config, tiny_tokenizer
 
@@ -52,7 +52,7 @@ def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration,
             vision_feature_layer=feature_layer(config),
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             chat_template=config.chat_template,
-            image_processor=_pictures(config),
+            image_processor=_image_processor(config),
         )
     freeze(model)
     return model, processor
@@ -72,7 +72,7 @@ def build_processor(config: StudentConfig, *, local_files_only: bool = False) ->
         _tokenizer(config, local_files_only=local_files_only),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=config.chat_template,
-        image_processor=_pictures(config, local_files_only=local_files_only),
+        image_processor=_image_processor(config, local_files_only=local_files_only),
     )
 
 
@@ -82,11 +82,11 @@ def _tokenizer(config: StudentConfig, **options) -> PreTrainedTokenizerBase:
     return load_tokenizer(config.language_model, "student.language_model", **options)
 
 
-def _pictures(config: StudentConfig, **options) -> BaseImageProcessor | None:
+def _image_processor(config: StudentConfig, **options) -> BaseImageProcessor | None:
     """As `config.image_processor` says, else as the settings beside the vision tower do, else None."""
     if config.image_processor:
-        return load_pictures(config.image_processor, "student.image_processor", **options)
-    return tower_pictures(config.vision_tower or str(VISION_TOWER), **options)
+        return load_image_processor(config.image_processor, "student.image_processor", **options)
+    return tower_image_processor(config.vision_tower or str(VISION_TOWER), **options)
 
 
 def load_vision_tower(path: str) -> PreTrainedModel:

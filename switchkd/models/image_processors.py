@@ -29,7 +29,7 @@ IMAGE_STEPS = {
 }
 
 
-def load_pictures(path: str | Path, field: str, *, local_files_only: bool = False) -> BaseImageProcessor:
+def load_image_processor(path: str | Path, field: str, *, local_files_only: bool = False) -> BaseImageProcessor:
     """The image processor saved in a folder or under a Hub name, as its PIL class; `field` names what gave the path.
 
     Raises ValueError where there is none, or one of another kind than SigLIP's, CLIP's or LLaVA's.
@@ -46,15 +46,18 @@ def load_pictures(path: str | Path, field: str, *, local_files_only: bool = Fals
     return IMAGE_PROCESSORS[kind].from_pretrained(path, local_files_only=local_files_only)
 
 
-def tower_pictures(path: str | Path, *, local_files_only: bool = False) -> BaseImageProcessor | None:
-    """The image processor saved beside a vision tower; None for a folder that holds none. Raises as `load_pictures`."""
+def tower_image_processor(path: str | Path, *, local_files_only: bool = False) -> BaseImageProcessor | None:
+    """The image processor saved beside a vision tower; None for a folder that holds none.
+
+    Raises as `load_image_processor`.
+    """
     folder = Path(path)
     if folder.is_dir() and not any((folder / file).is_file() for file in SETTINGS_FILES):
         return None
-    return load_pictures(path, "student.vision_tower", local_files_only=local_files_only)
+    return load_image_processor(path, "student.vision_tower", local_files_only=local_files_only)
 
 
-def square_pictures(vision: PreTrainedConfig) -> BaseImageProcessor:
+def square_image_processor(vision: PreTrainedConfig) -> BaseImageProcessor:
     """Pictures resized to the tower's square, whatever their shape, with its kind's mean and deviation."""
     size = {"height": vision.image_size, "width": vision.image_size}
     if vision.model_type == "clip_vision_model":
