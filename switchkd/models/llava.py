@@ -16,10 +16,11 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
-from switchkd.models.image_processors import check_picture_size, square_image_processor
+from switchkd.models.image_processors import check_picture_size
 from switchkd.models.load import load_processor, load_weights
-from switchkd.models.shapes import check_tower, llava_config, saved_config
+from switchkd.models.shapes import llava_config, saved_config
 from switchkd.models.templates import IMAGE_TOKEN, add_image_token, end_tokens, image_template
+from switchkd.models.towers import tower_kind
 
 PARTS = {
     "vision_tower": "model.vision_tower",
@@ -58,7 +59,7 @@ def assemble_llava(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A LLaVA model from a vision tower and a causal language model, with a new two-layer projector.
 
-    vision_tower: SiglipVisionModel or CLIPVisionModel. language_model: any causal language model with `lm_head`, as
+    vision_tower: of a kind of `TOWERS`. language_model: any causal language model with `lm_head`, as
     Qwen2.5, Qwen3, Llama, Phi-3 and StableLM; its embedding rows grow only when they do not hold `<image>` already.
     tokenizer, chat_template, image_processor, vision_feature_select_strategy: as `make_processor` takes them.
     The projector's start follows torch's seed. All weights are float32, and what is float32 already is shared with
@@ -68,7 +69,7 @@ def assemble_llava(
     take (GPT-2, OPT), and where no template takes images.
     """
     vision = vision_tower.config
-    check_tower(vision, "the vision tower")
+    tower_kind(vision)
     bias = getattr(language_model.get_output_embeddings(), "bias", None)
     if bias is not None and bias.any():
         raise ValueError(
@@ -134,19 +135,19 @@ def make_processor(
     The tokenizer takes it on. image_processor: left out, the tower's kind with pictures resized to a square.
     Raises ValueError for pictures of another size than the tower reads, and where no template takes images.
     """
-    image_processor = image_processor or square_image_processor(vision)
+    tower = tower_kind(vision)
+    image_processor = image_processor or tower.square_image_processor(vision.image_size)
     check_picture_size(image_processor, vision)
     tokenizer.chat_template = image_template(tokenizer, chat_template)
     add_image_token(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    has_class_token = vision.model_type == "clip_vision_model"
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy=vision_feature_select_strategy or ("default" if has_class_token else "full"),
-        num_additional_image_tokens=int(has_class_token),
+        vision_feature_select_strategy=vision_feature_select_strategy or tower.select_strategy,
+        num_additional_image_tokens=int(tower.class_token),
         image_token=IMAGE_TOKEN,
         chat_template=tokenizer.chat_template,
     )
@@ -187,11 +188,9 @@ def freeze(model: LlavaForConditionalGeneration, parts: Sequence[str] = ()) -> N
 def unused_modules(model: LlavaForConditionalGeneration) -> list[nn.Module]:
     """The modules of the vision tower that no output depends on."""
     tower = model.model.vision_tower
-    layers = tower.encoder.layers
+    kind = tower_kind(model.config.vision_config)
+    layers = kind.layers_of(tower)
     read = model.config.vision_feature_layer
     read = [read] if isinstance(read, int) else list(read)
     last = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in read)
-    unused: list[nn.Module] = [*layers[last:], tower.post_layernorm]
-    if getattr(tower, "use_head", False):
-        unused.append(tower.head)
-    return unused
+    return [*layers[last:], *kind.unread_of(tower)]

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
+from switchkd.models.towers import tower_kind
+
 
 def encode(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
     """Vision tower features that the projector reads.
@@ -95,7 +97,7 @@ def visual_token_count(model: LlavaForConditionalGeneration) -> int:
     """Visual tokens that `encode` gives for one image: the patches, with the class token of a tower that has one
     (CLIP), without the first token where `config.vision_feature_select_strategy` is "default"."""
     vision = model.config.vision_config
-    class_token = hasattr(model.model.vision_tower.embeddings, "class_embedding")
+    class_token = tower_kind(vision).class_token
     dropped = model.config.vision_feature_select_strategy == "default"
     return (vision.image_size // vision.patch_size) ** 2 + class_token - dropped
 

@@ -26,6 +26,7 @@ from switchkd.models.config import StudentConfig, TeacherConfig
 from switchkd.models.load import check_folder, load_tokenizer, named, reading
 from switchkd.models.templates import image_row
 from switchkd.models.tiny import STUDENT_SHAPE, TEACHER, VISION_TOWER, tiny_text_config, tiny_tokenizer
+from switchkd.models.towers import tower_config, tower_kind
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -108,13 +109,13 @@ def llava_config(
 ) -> LlavaConfig:
     """A LLaVA model of two parts with a two-layer projector.
 
-    vision_feature_select_strategy: "default" drops the first visual token, "full" keeps all; None: CLIP's class token
-    is dropped and SigLIP, which has none, keeps all.
+    vision_feature_select_strategy: "default" drops the first visual token, "full" keeps all; None: a class token
+    (CLIP) is dropped and a tower without one (SigLIP) keeps all.
 
-    The vocabulary grows where its rows do not hold `image_token_id`. Raises ValueError for a vision tower that is
-    neither SigLIP nor CLIP, and for a layer that it does not have.
+    The vocabulary grows where its rows do not hold `image_token_id`. Raises as `tower_kind`, and
+    ValueError for a layer that the tower does not have.
     """
-    check_tower(vision, "the vision tower")
+    tower = tower_kind(vision)
     vision, text = ({**part.to_dict(), "_name_or_path": ""} for part in (vision, text))  # where a part lay is nobody's
     layers = vision["num_hidden_layers"]
     if not -layers - 1 <= vision_feature_layer <= layers:
@@ -127,8 +128,7 @@ def llava_config(
         vision_config=vision,
         text_config=text,
         vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy
-        or ("default" if vision["model_type"] == "clip_vision_model" else "full"),
+        vision_feature_select_strategy=vision_feature_select_strategy or tower.select_strategy,
         image_token_index=image_token_id,
     )
 
@@ -177,7 +177,7 @@ def part_config(name: str, field: str | None = None) -> PreTrainedConfig:
         return copy.deepcopy(SHAPES[name])
     with reading(name, "model", field):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    return config.vision_config if config.model_type in ("siglip", "siglip2", "clip") else config
+    return tower_config(config)
 
 
 def saved_config(path: str | Path, field: str | None = None) -> LlavaConfig:
@@ -209,7 +209,7 @@ def student_config(config: StudentConfig) -> LlavaConfig:
     if config.path:
         return saved_config(config.path, "student.path")
     vision = part_config(config.vision_tower or str(VISION_TOWER), "student.vision_tower")
-    check_tower(vision, f"student.vision_tower {config.vision_tower}")
+    tower_kind(vision, f"student.vision_tower {config.vision_tower}")
     name = config.language_model
     if name is None:
         tokenizer = tiny_tokenizer()
@@ -245,15 +245,3 @@ def feature_layer(config: StudentConfig) -> int:
     if config.vision_feature_layer is not None:
         return config.vision_feature_layer
     return -2 if config.vision_tower else -1
-
-
-def check_tower(vision: PreTrainedConfig, name: str) -> None:
-    """ValueError where `vision` is not the configuration of a SigLIP or CLIP vision tower; `name` says whose it is."""
-    kind = vision.model_type
-    if kind == "siglip2_vision_model":
-        raise ValueError(
-            f"{name} is of type {kind!r}, the NaFlex kind, which packs pictures into patches of varying number that "
-            "LlavaForConditionalGeneration cannot read: take a SigLIP2 of fixed resolution (google/siglip2-*-384)"
-        )
-    if kind not in ("siglip_vision_model", "clip_vision_model"):
-        raise ValueError(f"{name} is of type {kind!r}: known are siglip_vision_model and clip_vision_model")

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionModel,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
-    SiglipVisionModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -18,11 +16,9 @@ from switchkd.models.config import StudentConfig
 from switchkd.models.image_processors import load_image_processor, tower_image_processor
 from switchkd.models.llava import assemble_llava, freeze, load_llava, make_processor
 from switchkd.models.load import load_processor, load_tokenizer, load_weights
-from switchkd.models.shapes import check_tower, feature_layer, part_config
+from switchkd.models.shapes import feature_layer, part_config
 from switchkd.models.tiny import STUDENT_SHAPE, VISION_TOWER, tiny_text_config, tiny_tokenizer
-
-# Of a whole SigLIP or CLIP model: how the names begin of what is not its vision tower.
-BESIDE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+from switchkd.models.towers import tower_kind
 
 
 def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -90,13 +86,12 @@ def _image_processor(config: StudentConfig, **options) -> BaseImageProcessor | N
 
 
 def load_vision_tower(path: str) -> PreTrainedModel:
-    """A SigLIP or CLIP vision tower from a folder or Hub name, of its own or inside a whole SigLIP or CLIP model.
+    """A vision tower of a kind of `TOWERS` from a folder or Hub name, alone or inside a whole SigLIP or CLIP model.
 
     Raises FileNotFoundError for what is not there and ValueError for another type of model, and for weights that cannot
     be read or are not those of its config.json.
     """
     field = "student.vision_tower"
     vision = part_config(path, field)
-    check_tower(vision, f"{field} {path}")
-    tower = CLIPVisionModel if vision.model_type == "clip_vision_model" else SiglipVisionModel
-    return load_weights(tower, path, "vision tower", field, beside=BESIDE_TOWER)
+    kind = tower_kind(vision, f"{field} {path}")
+    return load_weights(kind.model, path, "vision tower", field, beside=kind.beside)
