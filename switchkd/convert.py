@@ -27,7 +27,7 @@ from transformers import (
 
 from switchkd.data import Conversation, encode
 from switchkd.models.llava import make_processor
-from switchkd.models.pathway import visual_token_count
+from switchkd.models.pathway import pathway_of
 from switchkd.models.templates import PROBE, add_image_token
 from switchkd.models.towers import TOWERS, tower_kind
 from switchkd.training.checkpoints import put_in_place
@@ -116,10 +116,11 @@ def convert(source: Path, target: Path, *, chat_template: str | None = None) -> 
         model.save_pretrained(staged)
         processor.save_pretrained(staged)
         put_in_place(staged, target)
+    visual_tokens = pathway_of(model).visual_token_count
     tower, text = config.vision_config.model_type, config.text_config.model_type
     print(
         f"{target}: {model.num_parameters():,} parameters in {', '.join(dtypes)}; {tower}, layer "
-        f"{config.vision_feature_layer}, {visual_token_count(model)} visual tokens an image; a two-layer projector; "
+        f"{config.vision_feature_layer}, {visual_tokens} visual tokens an image; a two-layer projector; "
         f"{text}; the chat template is {name}, answers end in {tokenizer.decode(ends[:1])!r}"
     )
 

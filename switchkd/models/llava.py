@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -18,15 +17,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from switchkd.models.image_processors import check_picture_size
 from switchkd.models.load import load_processor, load_weights
+from switchkd.models.pathway import pathway_of
 from switchkd.models.shapes import llava_config, saved_config
 from switchkd.models.templates import IMAGE_TOKEN, add_image_token, end_tokens, image_template
 from switchkd.models.towers import tower_kind
-
-PARTS = {
-    "vision_tower": "model.vision_tower",
-    "projector": "model.multi_modal_projector",
-    "language_model": "model.language_model",
-}
 
 
 def load_llava(
@@ -153,7 +147,7 @@ def make_processor(
     )
 
 
-def recompute_activations(model: LlavaForConditionalGeneration) -> None:
+def recompute_activations(model: PreTrainedModel) -> None:
     """The layers of tower and language model recompute their activations in backward instead of keeping them.
 
     Gradients stay bit for bit the same, and a frozen tower still has none to compute. A layer recomputes only while its
@@ -167,30 +161,20 @@ def recompute_activations(model: LlavaForConditionalGeneration) -> None:
     model.disable_input_require_grads()
 
 
-def freeze(model: LlavaForConditionalGeneration, parts: Sequence[str] = ()) -> None:
+def freeze(model: PreTrainedModel, parts: Sequence[str] = ()) -> None:
     """Freezes the named parts ("vision_tower", "projector", "language_model"; with it its head) and trains the rest.
 
     The tower's parameters that no output depends on (layers past `vision_feature_layer`, the last norm, the pooling
     head) are always frozen: DDP waits for their gradient and weight decay would move them.
     """
-    unknown = [part for part in parts if part not in PARTS]
+    path = pathway_of(model)
+    unknown = [part for part in parts if part not in path.parts]
     if unknown:
-        raise ValueError(f"freeze: {unknown} is not a part of the model; known are {', '.join(PARTS)}")
+        raise ValueError(f"freeze: {unknown} is not a part of the model; known are {', '.join(path.parts)}")
     model.requires_grad_(True)
     for part in parts:
-        model.get_submodule(PARTS[part]).requires_grad_(False)
+        path.part(part).requires_grad_(False)
         if part == "language_model":
-            model.lm_head.requires_grad_(False)
-    for module in unused_modules(model):
-        module.requires_grad_(False)
-
-
-def unused_modules(model: LlavaForConditionalGeneration) -> list[nn.Module]:
-    """The modules of the vision tower that no output depends on."""
-    tower = model.model.vision_tower
-    kind = tower_kind(model.config.vision_config)
-    layers = kind.layers_of(tower)
-    read = model.config.vision_feature_layer
-    read = [read] if isinstance(read, int) else list(read)
-    last = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in read)
-    return [*layers[last:], *kind.unread_of(tower)]
+            path.head.requires_grad_(False)
+    for each in path.unread():
+        each.requires_grad_(False)

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 from transformers.initialization import no_init_weights
 
-from switchkd.models import pathway
+from switchkd.models.pathway import pathway_of
 
 aten = torch.ops.aten
 Module = TypeVar("Module", bound=nn.Module)
@@ -64,7 +64,7 @@ class Batch:
         Of a fake mask nobody can say that it is all ones, so attention takes the kernel of a padded batch. Raises
         ValueError where the visual tokens leave no room for the answer.
         """
-        vision, visual = student.config.vision_config, pathway.visual_token_count(student)
+        vision, visual = student.config.vision_config, pathway_of(student).visual_token_count
         if self.tokens < visual + self.answers:
             raise ValueError(
                 f"a sample of {self.tokens} tokens does not hold {visual} visual tokens and {self.answers} answer "

@@ -20,7 +20,7 @@ from switchkd.models.adapter import LinearAdapter
 from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora
 from switchkd.models.pair import as_teacher_reads, teacher_processor
-from switchkd.models.pathway import visual_token_count
+from switchkd.models.pathway import pathway_of
 from switchkd.models.shapes import student_config, teacher_config
 from switchkd.plan.checks import (
     Problem,
@@ -141,7 +141,7 @@ class _Planner:
             )
 
     def plan(self) -> Plan:
-        visual_tokens = visual_token_count(fake_llava(self.student_shape))
+        visual_tokens = pathway_of(fake_llava(self.student_shape)).visual_token_count
         stages = [self._stage(stage, visual_tokens) for stage in self.runs]
         check_run(self.config, len(stages), self.engine, self.problems)
         return Plan(
@@ -228,7 +228,7 @@ class _Planner:
         return SwitchKD(student, teacher, shared_vocab=self.shared_rows, **options)
 
     def _cost(self, method: nn.Module, train: TrainConfig, found: Survey, tokens: int) -> StepCost:
-        answers = min(found.answers, tokens - visual_token_count(method.student))
+        answers = min(found.answers, tokens - pathway_of(method.student).visual_token_count)
         batch = Batch(train.batch_size, tokens, answers).tensors(method.student)
         return step_cost(method, batch, autocast=train.bf16 and self.engine == "ddp")
 
