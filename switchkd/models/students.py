@@ -64,7 +64,9 @@ def build_processor(config: StudentConfig, *, local_files_only: bool = False) ->
             config.path, "student.path", chat_template=config.chat_template, local_files_only=local_files_only
         )
     return make_processor(
-        part_config(config.vision_tower or str(VISION_TOWER), "student.vision_tower"),
+        part_config(
+            config.vision_tower or str(VISION_TOWER), "student.vision_tower", local_files_only=local_files_only
+        ),
         _tokenizer(config, local_files_only=local_files_only),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=config.chat_template,

@@ -21,7 +21,7 @@ from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora
 from switchkd.models.pair import as_teacher_reads, teacher_processor
 from switchkd.models.pathway import pathway_of
-from switchkd.models.shapes import student_config, teacher_config
+from switchkd.models.planned import student_config, teacher_config
 from switchkd.plan.checks import (
     Problem,
     check_memory,

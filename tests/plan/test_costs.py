@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from switchkd.methods import SupervisedMethod, SwitchKD, terms
 from switchkd.models import freeze
 from switchkd.models.lora import add_lora
-from switchkd.models.shapes import SHAPES, llava_config
+from switchkd.models.planned import planned_part
+from switchkd.models.shapes import llava_config
 from switchkd.models.tiny import random_llava
 from switchkd.plan.costs import (
     GRADIENTS,
@@ -92,8 +93,8 @@ def test_parameters_are_those_of_the_real_model(student):
 
 
 def test_true_size_arithmetic_agrees_with_a_count_by_hand():
-    vision = SHAPES["google/siglip-so400m-patch14-384"]
-    small, large = SHAPES["Qwen/Qwen2.5-0.5B"], SHAPES["Qwen/Qwen2.5-3B"]
+    vision = planned_part("google/siglip-so400m-patch14-384")
+    small, large = planned_part("Qwen/Qwen2.5-0.5B"), planned_part("Qwen/Qwen2.5-3B")
     student, teacher = (fake_llava(llava_config(vision, text, 151_665)) for text in (small, large))
     freeze(student)
     with WithoutData():
