@@ -32,20 +32,8 @@ from switchkd.plan.checks import (
     check_towers,
     same_towers,
 )
-from switchkd.plan.costs import (
-    CASTS,
-    GRADIENTS,
-    LANGUAGE_MODEL,
-    TOWER,
-    Batch,
-    StepCost,
-    WithoutData,
-    fake,
-    fake_llava,
-    meta_llava,
-    part_parameters,
-    step_cost,
-)
+from switchkd.plan.costs import CASTS, GRADIENTS, LANGUAGE_MODEL, TOWER, StepCost, part_parameters, step_cost
+from switchkd.plan.fakes import Batch, WithoutData, fake, fake_llava, meta_llava
 from switchkd.plan.gpus import ALLOWANCE, ENGINES, Gpu, find_gpu, kept_memory, shared_gradients
 from switchkd.plan.survey import Survey, local_processor, survey
 from switchkd.tasks.vlm_config import Run

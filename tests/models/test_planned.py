@@ -1,6 +1,7 @@
 """Configurations without weights: well-known parts by their published sizes, and students as they are built."""
 
-import tomllib
+import json
+import re
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -78,7 +79,7 @@ def test_every_known_part_is_held_to_a_published_number():
 
 
 def test_known_parts_are_package_data():
-    globs = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["switchkd"]
+    globs = json.loads(re.search(r"package-data]\nswitchkd = (.*)", (ROOT / "pyproject.toml").read_text())[1])
     packed = {file for glob in globs for file in (ROOT / "switchkd").glob(glob)}
     assert {file for file in KNOWN.rglob("*") if file.is_file()} <= packed
 
@@ -101,9 +102,7 @@ def test_a_real_run_reads_no_known_part(monkeypatch):
     for config in (parts, whole):
         assert student_config(config).model_type == "llava"
         for build in (build_student, build_processor):
-            with pytest.raises(
-                FileNotFoundError, match=r"student\.\w+ \S+ is no folder here, and not on this disk as a"
-            ):
+            with pytest.raises(FileNotFoundError, match=r"student\.\w+ \S+ is no folder here, and not on"):
                 build(config)
     with pytest.raises(FileNotFoundError, match="siglip-base-patch16-384 is no folder here"):
         load_vision_tower(parts.vision_tower)

@@ -11,21 +11,8 @@ from switchkd.models.lora import add_lora
 from switchkd.models.planned import planned_part
 from switchkd.models.shapes import llava_config
 from switchkd.models.tiny import random_llava
-from switchkd.plan.costs import (
-    GRADIENTS,
-    LANGUAGE_MODEL,
-    PROJECTOR,
-    SWITCH,
-    TEACHER,
-    TOWER,
-    Batch,
-    WithoutData,
-    fake,
-    fake_llava,
-    meta_llava,
-    part_parameters,
-    step_cost,
-)
+from switchkd.plan.costs import GRADIENTS, LANGUAGE_MODEL, PROJECTOR, SWITCH, TEACHER, TOWER, part_parameters, step_cost
+from switchkd.plan.fakes import Batch, WithoutData, fake, fake_llava, meta_llava
 from switchkd.plan.gpus import kept_memory
 
 SIZES = {"vision_hidden": 32, "vision_layers": 2, "image_size": 32, "patch_size": 8, "layers": 2}
