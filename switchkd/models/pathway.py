@@ -97,6 +97,12 @@ class LlavaPathway:
         """The part of this name (`parts`)."""
         return self.model.get_submodule(self.parts[name])
 
+    def layers(self, name: str) -> nn.ModuleList:
+        """The layers of the vision tower or of the language model, one after the other."""
+        if name == "vision_tower":
+            return tower_kind(self.model.config.vision_config).layers_of(self.part(name))
+        return self.part(name).layers
+
     @property
     def visual_token_count(self) -> int:
         """Visual tokens that `encode` gives for one image: the patches, with the class token of a tower that has one
@@ -121,7 +127,7 @@ class LlavaPathway:
         """What of the tower no output depends on: layers past the last one that `encode` reads, the last norm, the
         pooling head."""
         tower, kind = self.part("vision_tower"), tower_kind(self.model.config.vision_config)
-        layers = kind.layers_of(tower)
+        layers = self.layers("vision_tower")
         last = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in self.feature_layers)
         return [*layers[last:], *kind.unread_of(tower)]
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import AutoConfig, LlavaConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, LlavaConfig, PreTrainedConfig
 
 from switchkd.config import read_section
 from switchkd.models.config import StudentConfig, TeacherConfig
@@ -19,7 +19,7 @@ from switchkd.models.load import load_tokenizer, named
 from switchkd.models.shapes import check_llava, feature_layer, llava_config, part_config, saved_config
 from switchkd.models.templates import image_row
 from switchkd.models.tiny import STUDENT_SHAPE, TEACHER, VISION_TOWER, tiny_text_config, tiny_tokenizer
-from switchkd.models.towers import tower_config, tower_kind
+from switchkd.models.towers import TOWERS, tower_kind
 
 KNOWN = Path(__file__).parent / "known"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -61,7 +61,7 @@ def teacher_config(config: TeacherConfig) -> LlavaConfig:
 def planned_part(name: str, field: str | None = None) -> PreTrainedConfig:
     """The configuration of a part: of a folder, else of the known ones, else of the Hub. Raises as `part_config`."""
     known = _known(name)
-    return part_config(name, field) if known is None else tower_config(known)
+    return part_config(name, field) if known is None else known
 
 
 def planned_model(path: str | Path, field: str | None = None) -> LlavaConfig:
@@ -84,10 +84,14 @@ def known_tokens() -> dict[str, int]:
 
 
 def _known(name: str | Path) -> PreTrainedConfig | None:
-    """None where the name is not a known one, or is a folder here."""
+    """None where the name is not a known one, or is a folder here; of a whole SigLIP or CLIP model its vision tower."""
     if Path(name).is_dir() or str(name) not in known_names():
         return None
-    return AutoConfig.from_pretrained(KNOWN / str(name).replace("/", "--"))
+    file = KNOWN / str(name).replace("/", "--") / "config.json"
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    if fields["model_type"] in {kind.whole for kind in TOWERS.values()}:
+        fields = fields["vision_config"]
+    return CONFIG_MAPPING[fields["model_type"]].from_dict(fields)
 
 
 def _image_row(name: str, text: PreTrainedConfig) -> int:

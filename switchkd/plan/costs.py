@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from transformers import LlavaForConditionalGeneration
 
 from switchkd.models.pathway import pathway_of
 from switchkd.plan.fakes import WithoutData
+from switchkd.plan.repeats import Repeated
 
 aten = torch.ops.aten
 
@@ -69,14 +70,17 @@ def part_parameters(model: LlavaForConditionalGeneration) -> dict[str, tuple[int
     return {part: (trained, frozen) for part, (trained, frozen) in counts.items()}
 
 
-def step_cost(method: nn.Module, batch: dict[str, Tensor], *, autocast: bool = False) -> StepCost:
+def step_cost(
+    method: nn.Module, batch: dict[str, Tensor], *, autocast: bool = False, repeated: Sequence[Repeated] = ()
+) -> StepCost:
     """Forward and backward of `method` on `batch`. autocast: the forward computes in bfloat16, as Trainer's does.
+    repeated: layers of its models that stand for several (`shorten`).
 
     Real models and batches are measured in the same way, by running them.
     """
     method.train()
     meter = _Meter(method)
-    with meter, meter.attributed(method):
+    with meter, meter.attributed(method), meter.repeating(repeated):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = method(**batch).loss
         meter.part = HEADS
@@ -84,30 +88,61 @@ def step_cost(method: nn.Module, batch: dict[str, Tensor], *, autocast: bool = F
     gradients = meter.live[GRADIENTS]
     for parameter in method.parameters():
         parameter.grad = None
-    return StepCost(dict(meter.flops), dict(meter.peak), {**meter.peak_without_gradients, GRADIENTS: gradients})
+    return StepCost(dict(meter.flops), meter.peak(), {**meter.peak(gradients=False), GRADIENTS: gradients})
+
+
+@dataclass
+class _Storage:
+    """`times`: how many equal ones it stands for."""
+
+    size: int
+    label: str
+    reference: weakref.ref
+    times: int = 1
+
+
+@dataclass
+class _Span:
+    """The time in which a repeated layer runs, forward or backward. start: the live bytes at its begin; made: the keys
+    of the storages of this time; once: freed bytes that are none of the layer's own, so that they are freed once.
+    highest: the most bytes alive in it, and by part; the same without gradients."""
+
+    times: int
+    start: Counter[str]
+    made: set[int] = field(default_factory=set)
+    once: Counter[str] = field(default_factory=Counter)
+    highest: dict[bool, tuple[int, dict[str, int]]] = field(default_factory=dict)
 
 
 class _Meter(WithoutData):
-    """Counts the arithmetic by (part, pass), and the live bytes by part."""
+    """Counts the arithmetic by (part, pass), and the live bytes by part.
+
+    While a layer runs that stands for n, its arithmetic counts n times, and memory is that of the first of the n. When
+    it has run, what it left behind and freed counts n - 1 times more. The most that any of the n had alive is the first
+    one's or the last one's: each begins with what the one before it left, and that grows or falls evenly. What goes
+    from layer to layer, the states and their gradients, is the input of each and counts so.
+    """
 
     def __init__(self, method: nn.Module):
         super().__init__()
         self.part = HEADS
         self.flops: Counter[tuple[str, str]] = Counter()
         self.live: Counter[str] = Counter()
-        self.peak: dict[str, int] = {}
-        self.peak_without_gradients: dict[str, int] = {}
-        self._total = self._highest = self._highest_without = 0
-        self._storages: dict[int, tuple[int, str, weakref.ref]] = {}
+        self._total = 0
+        self._highest: dict[bool, tuple[int, dict[str, int]]] = {True: (0, {}), False: (0, {})}  # by "with gradients"
+        self._span: _Span | None = None
+        self._storages: dict[int, _Storage] = {}
         self._static = {tensor.untyped_storage()._cdata for tensor in (*method.parameters(), *method.buffers())}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func is torch.ops.prim.device.default:  # most calls
+            return out
         formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
-            backward = torch._C._current_graph_task_id() != -1
-            kind = "forward" if not backward else "recompute" if torch.is_grad_enabled() else "backward"
-            self.flops[self.part, kind] += formula(*args, **(kwargs or {}), out_val=out)
+            kind = "forward" if not in_backward() else "recompute" if torch.is_grad_enabled() else "backward"
+            times = self._span.times if self._span else 1
+            self.flops[self.part, kind] += times * formula(*args, **(kwargs or {}), out_val=out)
         cast = func is aten._to_copy.default and isinstance(args[0], nn.Parameter)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -152,31 +187,107 @@ class _Meter(WithoutData):
             for hook in hooks:
                 hook.remove()
 
+    @contextlib.contextmanager
+    def repeating(self, repeated: Sequence[Repeated]) -> Iterator[None]:
+        """While this is open, what a repeated layer does counts as often as it stands for.
+
+        Forward it runs until the following layer begins, for only then its caller has let go of its input; backward
+        from the gradient of its output to that of its input.
+        """
+        hooks = []
+
+        def follow(each: Repeated) -> None:
+            def begin(_, args) -> None:
+                if in_backward():  # recomputed
+                    return
+                self._begin(each.times, args[0])
+                if args[0].requires_grad:
+                    args[0].register_hook(self._end)
+
+            def end(_, args) -> None:
+                if in_backward():
+                    return
+                self._end(args[0])
+                if args[0].requires_grad:
+                    args[0].register_hook(lambda gradient: self._begin(each.times, gradient))
+
+            hooks.append(each.layer.register_forward_pre_hook(begin))
+            hooks.append(each.following.register_forward_pre_hook(end))
+
+        for each in repeated:
+            follow(each)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def peak(self, gradients: bool = True) -> dict[str, int]:
+        """Live bytes by part when most were alive, counted with or without gradients."""
+        return dict(self._highest[gradients][1])
+
+    def _begin(self, times: int, given: Tensor) -> None:
+        """A repeated layer begins, with `given` of the layer before it."""
+        self._storages[given.untyped_storage()._cdata].times = times
+        self._span = _Span(times, self.live.copy())
+        self._note()
+
+    def _end(self, handed_on: Tensor) -> None:
+        """It has run, and hands this on to the next one."""
+        span, self._span = self._span, None
+        again = span.times - 1
+        left = {part: self.live[part] - span.start[part] - span.once[part] for part in self.live}
+        for key in span.made & self._storages.keys():
+            self._storages[key].times = span.times
+        self._storages[handed_on.untyped_storage()._cdata].times = 1
+        for gradients, (total, live) in span.highest.items():
+            more = {part: again * size for part, size in left.items()}
+            total += sum(size for part, size in more.items() if gradients or part != GRADIENTS)
+            if total > self._highest[gradients][0]:
+                self._highest[gradients] = total, {part: live.get(part, 0) + size for part, size in more.items()}
+        for part, size in left.items():
+            self._add(part, again * size)
+
     def _hold(self, tensor: Tensor, label: str) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._storages or key in self._static:
             return
         reference = weakref.ref(storage, lambda _: self._free(key))
-        self._storages[key] = storage.nbytes(), label, reference
+        self._storages[key] = _Storage(storage.nbytes(), label, reference)
+        if self._span:
+            self._span.made.add(key)
         self._add(label, storage.nbytes())
 
     def _free(self, key: int) -> None:
-        size, label, _ = self._storages.pop(key)
-        self._add(label, -size)
+        storage, span = self._storages.pop(key), self._span
+        if span and storage.times == 1 and key not in span.made:
+            span.once[storage.label] -= storage.size
+        if span:
+            span.made.discard(key)
+        self._add(storage.label, -storage.size * (1 if span else storage.times))
 
     def _relabel(self, tensor: Tensor, label: str) -> None:
-        key = tensor.untyped_storage()._cdata
-        size, old, reference = self._storages[key]
-        self._storages[key] = size, label, reference
-        self.live[old] -= size
+        storage = self._storages[tensor.untyped_storage()._cdata]
+        size = storage.size * (1 if self._span else storage.times)
+        self.live[storage.label] -= size
         self.live[label] += size
+        storage.label = label
 
     def _add(self, label: str, size: int) -> None:
         self.live[label] += size
         self._total += size
-        if self._total > self._highest:
-            self._highest, self.peak = self._total, dict(self.live)
-        without = self._total - self.live[GRADIENTS]
-        if without > self._highest_without:
-            self._highest_without, self.peak_without_gradients = without, dict(self.live)
+        if size > 0:
+            self._note()
+
+    def _note(self) -> None:
+        """Keeps what is alive if it is the most so far, of the whole step and of the span."""
+        for highest in (self._highest, *([self._span.highest] if self._span else [])):
+            for gradients in (True, False):
+                total = self._total - (0 if gradients else self.live[GRADIENTS])
+                if gradients not in highest or total > highest[gradients][0]:
+                    highest[gradients] = total, dict(self.live)
+
+
+def in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
