@@ -105,13 +105,21 @@ class _Storage:
 class _Span:
     """The time in which a repeated layer runs, forward or backward. start: the live bytes at its begin; made: the keys
     of the storages of this time; once: freed bytes that are none of the layer's own, so that they are freed once.
-    highest: the most bytes alive in it, and by part; the same without gradients."""
+    highest: the most bytes alive in it, and by part, as the last of the layers has it; the same without gradients."""
 
     times: int
     start: Counter[str]
     made: set[int] = field(default_factory=set)
     once: Counter[str] = field(default_factory=Counter)
     highest: dict[bool, tuple[int, dict[str, int]]] = field(default_factory=dict)
+
+    def freed_once(self, storage: _Storage) -> None:
+        """The first of the layers frees it; to the last one it was never there."""
+        self.once[storage.label] -= storage.size
+        for gradients, (total, live) in self.highest.items():
+            counted = storage.size if gradients or storage.label != GRADIENTS else 0
+            live = {**live, storage.label: live[storage.label] - storage.size}
+            self.highest[gradients] = total - counted, live
 
 
 class _Meter(WithoutData):
@@ -262,7 +270,7 @@ class _Meter(WithoutData):
     def _free(self, key: int) -> None:
         storage, span = self._storages.pop(key), self._span
         if span and storage.times == 1 and key not in span.made:
-            span.once[storage.label] -= storage.size
+            span.freed_once(storage)
         if span:
             span.made.discard(key)
         self._add(storage.label, -storage.size * (1 if span else storage.times))

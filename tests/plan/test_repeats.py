@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import CLIPVisionConfig, Qwen2Config
 
-from switchkd.methods import SupervisedMethod, SwitchKD
+from switchkd.methods import SupervisedMethod, SwitchKD, Terms
 from switchkd.models import freeze
 from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora
@@ -14,7 +15,7 @@ from switchkd.models.shapes import llava_config
 from switchkd.models.tiny import tiny_vision_config
 from switchkd.plan.costs import GRADIENTS, StepCost, step_cost
 from switchkd.plan.fakes import Batch, WithoutData, fake, meta_llava
-from switchkd.plan.repeats import shorten
+from switchkd.plan.repeats import Repeated, shorten
 
 STUDENT, TEACHER = (6, 7, 32), (9, 5, 48)  # layers of the language model, of the tower, width
 
@@ -124,3 +125,47 @@ def test_layers_that_differ_all_stay():
     few = meta_llava(config(3, 3, 32))
     assert shorten(few) == []
     assert len(few.model.language_model.layers) == 3
+
+
+class Wide(nn.Module):
+    """A layer that holds for a moment much more than it leaves behind, and lets go of what `stash` still holds."""
+
+    def __init__(self, width: int, stash: list):
+        super().__init__()
+        self.weight, self.stash = nn.Parameter(torch.ones(width, width)), stash
+
+    def forward(self, states):
+        self.stash.clear()
+        with torch.no_grad():
+            states.repeat(500, 1)  # forward alone
+        return states + torch.tanh(states @ self.weight)
+
+
+class Stack(nn.Module):
+    """A method of `layers` wide layers between two narrow ones, forward alone or with a way back."""
+
+    def __init__(self, layers: int, *, width: int, held: int, alone: bool):
+        super().__init__()
+        self.held, self.alone, self.stash = held, alone, []
+        self.first, self.last = nn.Linear(width, width), nn.Linear(width, width)
+        self.layers = nn.ModuleList(Wide(width, self.stash) for _ in range(layers))
+
+    def forward(self, states):
+        with torch.set_grad_enabled(not self.alone):
+            states = self.first(states)
+            if self.held:
+                self.stash.append(torch.ones(self.held))
+            for layer in self.layers:
+                states = layer(states)
+        return Terms(loss=self.last(states).sum())
+
+
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("held", [0, 100, 100_000])
+@pytest.mark.parametrize("width", [8, 256])  # activations outweigh gradients, or the other way round
+def test_the_most_alive_can_lie_in_the_last_of_the_layers_that_one_stands_for(width, held, alone):
+    states, options = torch.ones(4, width), {"width": width, "held": held, "alone": alone}
+    whole = step_cost(Stack(6, **options), {"states": states})
+    short = Stack(1, **options)
+    repeated = [Repeated(short.layers[0], short.last, 6)]
+    assert step_cost(short, {"states": states}, repeated=repeated) == whole
