@@ -227,7 +227,7 @@ class _Planner:
     def _cost(
         self, method: nn.Module, train: TrainConfig, found: Survey, tokens: int, repeated: list[Repeated]
     ) -> StepCost:
-        answers = min(found.answers, tokens - self.visual_tokens)
+        answers = min(found.answers, tokens - pathway_of(method.student).visual_token_count)
         batch = Batch(train.batch_size, tokens, answers).tensors(method.student)
         return step_cost(method, batch, autocast=train.bf16 and self.engine == "ddp", repeated=repeated)
 
