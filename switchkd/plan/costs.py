@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from switchkd.models.pathway import pathway_of
 from switchkd.plan.fakes import WithoutData
@@ -42,6 +42,7 @@ FORMULAS = {
         grad.shape, q.shape, k.shape, v.shape
     ),
 }
+ATTENTION = {operation for operation in FORMULAS if "scaled_dot_product" in str(operation)}
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,29 @@ class StepCost:
     flops: (part, pass) -> floating-point operations, two for a multiplication with its addition; a pass is "forward",
     "backward" or "recompute". memory: bytes alive at the peak by what they are for, gradients among them, weights and
     optimizer not. accumulating: the same where gradients of an earlier micro-batch are there from the start.
+    growing: what of `flops` the language models do at all tokens of a sample: with their weights, and in attention.
     """
 
     flops: dict[tuple[str, str], int]
     memory: dict[str, int]
     accumulating: dict[str, int]
+    growing: dict[tuple[str, str], tuple[int, int]] = field(default_factory=dict)
+
+    def flops_at(self, tokens: int, of: int) -> dict[tuple[str, str], int] | None:
+        """`flops` if each sample had `tokens` in place of `of`, with as many images and answer tokens.
+
+        A language model's products with its weights grow as the tokens do, its attention as their square; nothing else
+        depends on them. None where no kernel of attention was seen, so that the two cannot be told apart.
+        """
+        if not any(squared for _, squared in self.growing.values()):
+            return None
+        flops = dict(self.flops)
+        for key, (linear, squared) in self.growing.items():
+            flops[key] += linear * tokens // of - linear + squared * tokens**2 // of**2 - squared
+        return flops
 
 
-def part_parameters(model: LlavaForConditionalGeneration) -> dict[str, tuple[int, int]]:
+def part_parameters(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Part -> (trained, frozen) parameters; the head counts with the language model, once where it is tied."""
     path = pathway_of(model)
     counts = {part: [0, 0] for part in PARTS.values()}
@@ -83,12 +99,13 @@ def step_cost(
     with meter, meter.attributed(method), meter.repeating(repeated):
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = method(**batch).loss
-        meter.part = HEADS
+        meter.at(HEADS)
         loss.backward()
     gradients = meter.live[GRADIENTS]
     for parameter in method.parameters():
         parameter.grad = None
-    return StepCost(dict(meter.flops), meter.peak(), {**meter.peak(gradients=False), GRADIENTS: gradients})
+    accumulating = {**meter.peak(gradients=False), GRADIENTS: gradients}
+    return StepCost(dict(meter.flops), meter.peak(), accumulating, meter.growing)
 
 
 @dataclass
@@ -133,8 +150,9 @@ class _Meter(WithoutData):
 
     def __init__(self, method: nn.Module):
         super().__init__()
-        self.part = HEADS
+        self.part, self.reads = HEADS, False  # reads: a language model runs, over all tokens of the samples
         self.flops: Counter[tuple[str, str]] = Counter()
+        self.growing: dict[tuple[str, str], tuple[int, int]] = {}
         self.live: Counter[str] = Counter()
         self._total = 0
         self._highest: dict[bool, tuple[int, dict[str, int]]] = {True: (0, {}), False: (0, {})}  # by "with gradients"
@@ -149,13 +167,21 @@ class _Meter(WithoutData):
         formula = FORMULAS.get(func.overloadpacket)
         if formula is not None:
             kind = "forward" if not in_backward() else "recompute" if torch.is_grad_enabled() else "backward"
-            times = self._span.times if self._span else 1
-            self.flops[self.part, kind] += times * formula(*args, **(kwargs or {}), out_val=out)
+            flops = (self._span.times if self._span else 1) * formula(*args, **(kwargs or {}), out_val=out)
+            self.flops[self.part, kind] += flops
+            if self.reads:
+                linear, squared = self.growing.get((self.part, kind), (0, 0))
+                attention = flops if func.overloadpacket in ATTENTION else 0
+                self.growing[self.part, kind] = linear + flops - attention, squared + attention
         cast = func is aten._to_copy.default and isinstance(args[0], nn.Parameter)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self._hold(leaf, CASTS if cast else self.part)
         return out
+
+    def at(self, part: str, reads: bool = False) -> None:
+        """What comes now is this part's."""
+        self.part, self.reads = part, reads
 
     @contextlib.contextmanager
     def attributed(self, method: nn.Module) -> Iterator[None]:
@@ -163,18 +189,18 @@ class _Meter(WithoutData):
         the gradients that reach their outputs."""
         hooks = []
 
-        def follow(module: nn.Module, part: str) -> None:
+        def follow(module: nn.Module, part: str, reads: bool) -> None:
             def name() -> str:
                 return SWITCH if part == TEACHER and torch.is_grad_enabled() else part
 
             def enter(*_) -> None:
-                self.part = name()
+                self.at(name(), reads)
 
             def leave(_, __, output) -> None:
-                own = name()
+                own, self.reads = name(), False
                 for leaf in tree_leaves(output):
                     if isinstance(leaf, Tensor) and leaf.requires_grad:
-                        leaf.register_hook(lambda _: setattr(self, "part", own))
+                        leaf.register_hook(lambda _: self.at(own, reads))
 
             hooks.append(module.register_forward_pre_hook(enter))
             hooks.append(module.register_forward_hook(leave))
@@ -184,8 +210,8 @@ class _Meter(WithoutData):
             if model is not None:
                 path = pathway_of(model)
                 for name, part in PARTS.items():
-                    follow(path.part(name), part if role == "student" else TEACHER)
-                hooks.append(path.head.register_forward_pre_hook(lambda *_: setattr(self, "part", HEADS)))
+                    follow(path.part(name), part if role == "student" else TEACHER, name == "language_model")
+                hooks.append(path.head.register_forward_pre_hook(lambda *_: self.at(HEADS)))
         for parameter in method.parameters():
             if parameter.requires_grad:
                 hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: self._relabel(p.grad, GRADIENTS)))

@@ -173,11 +173,13 @@ class _Planner:
             check_towers(equal, stage.field("method"), problems)
         if not check_room(planned, self.visual_tokens, problems):
             return planned
-        lengths = {found.padded, found.longest}
-        costs = {tokens: self._cost(method, stage.train, found, tokens, repeated) for tokens in lengths}
-        memory = self._memory(costs[found.longest], planned, method)
+        cost = self._cost(method, stage.train, found, found.longest, repeated)
+        flops = cost.flops_at(found.padded, of=found.longest)
+        if flops is None or found.padded - self.visual_tokens < found.answers:
+            flops = self._cost(method, stage.train, found, found.padded, repeated).flops
+        memory = self._memory(cost, planned, method)
         check_memory(memory, planned, self.gpu, self.gpus, self.engine, problems)
-        flops = {key: count / stage.train.batch_size for key, count in costs[found.padded].flops.items()}
+        flops = {key: count / stage.train.batch_size for key, count in flops.items()}
         rate = self.gpu.tflops * 1e12 * self.efficiency * self.gpus / sum(flops.values())
         seen = steps and steps * accumulation * stage.train.batch_size * self.gpus
         hours = seen and seen / rate / 3600
