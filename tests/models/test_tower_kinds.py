@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from PIL import Image
-from switchkd.rehearsal import rehearse
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -28,6 +27,7 @@ from switchkd.models.tiny import CHAT_TEMPLATE, tiny_text_config, tiny_tokenizer
 from switchkd.models.towers import TOWERS, TowerKind
 from switchkd.plan import make_plan
 from switchkd.tasks.vlm_config import Run
+from switchkd.tasks.vlm_rehearsal import rehearse
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
 KINDS = {
