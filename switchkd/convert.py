@@ -17,20 +17,19 @@ from torch import Tensor
 from transformers import (
     CONFIG_MAPPING,
     AutoTokenizer,
-    CLIPImageProcessorPil,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    SiglipImageProcessorPil,
 )
 
 from switchkd.data import Conversation, encode
 from switchkd.models.llava import make_processor
-from switchkd.models.pathway import visual_token_count
+from switchkd.models.pathway import pathway_of
 from switchkd.models.templates import PROBE, add_image_token
+from switchkd.models.towers import TOWERS, tower_kind
 from switchkd.training.checkpoints import put_in_place
 
 # One prompt for every language model, but for the token that ends an answer. The generation prompt ends in a colon:
@@ -59,7 +58,7 @@ REFUSED = {
     "phi": "its head has a bias, which the stock LLaVA class lacks",
     "gemma": "it scales visual tokens, which the stock LLaVA class does not",
 }
-PARTS = {"text_config": tuple(TURN_ENDS), "vision_config": ("siglip_vision_model", "clip_vision_model")}
+PARTS = {"text_config": tuple(TURN_ENDS), "vision_config": tuple(TOWERS)}
 # "patch" drops the first token of any tower: CLIP's class token, but of SigLIP, which has none, the first patch
 # (728 of 729 are left; TinyLLaVA_Factory's issue 203). So does the stock class's "default", and so was it trained.
 STRATEGIES = {"patch": "default", "cls_patch": "full"}
@@ -117,10 +116,11 @@ def convert(source: Path, target: Path, *, chat_template: str | None = None) -> 
         model.save_pretrained(staged)
         processor.save_pretrained(staged)
         put_in_place(staged, target)
+    visual_tokens = pathway_of(model).visual_token_count
     tower, text = config.vision_config.model_type, config.text_config.model_type
     print(
         f"{target}: {model.num_parameters():,} parameters in {', '.join(dtypes)}; {tower}, layer "
-        f"{config.vision_feature_layer}, {visual_token_count(model)} visual tokens an image; a two-layer projector; "
+        f"{config.vision_feature_layer}, {visual_tokens} visual tokens an image; a two-layer projector; "
         f"{text}; the chat template is {name}, answers end in {tokenizer.decode(ends[:1])!r}"
     )
 
@@ -248,19 +248,18 @@ def _processor(given: dict, config: LlavaConfig, tokenizer: PreTrainedTokenizerB
     """Pictures as TinyLLaVA takes them: by the tower's own processor, which stretches for SigLIP, and for CLIP scales
     and cuts out the middle; first padded to a square of the mean colour where image_aspect_ratio is "pad"."""
     vision = config.vision_config
-    clip = vision.model_type == "clip_vision_model"
-    square = {"height": vision.image_size, "width": vision.image_size}
-    kind = CLIPImageProcessorPil if clip else SiglipImageProcessorPil
-    settings = {"size": {"shortest_edge": vision.image_size}, "crop_size": square} if clip else {"size": square}
+    tower = tower_kind(vision)
+    image_processor = tower.own_image_processor(vision.image_size)
     if given.get("image_aspect_ratio") == "pad":
-        settings |= {"do_pad": True, "do_center_crop": clip, "image_mean": kind.image_mean, "image_std": kind.image_std}
-        kind = LlavaImageProcessorPil
+        names = ["size", "image_mean", "image_std", *(["crop_size"] if tower.crops else [])]
+        settings = {name: getattr(image_processor, name) for name in names}
+        image_processor = LlavaImageProcessorPil(do_pad=True, do_center_crop=tower.crops, **settings)
     return make_processor(
         vision,
         tokenizer,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=template,
-        image_processor=kind(**settings),
+        image_processor=image_processor,
     )
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from switchkd.models.towers import TOWERS
 
 from switchkd import SwitchKD
 from switchkd.configs import find
@@ -20,6 +19,7 @@ from switchkd.data.layouts.read import LAYOUTS
 from switchkd.models import assemble_llava, freeze
 from switchkd.models.pathway import pathway_of
 from switchkd.models.tiny import random_llava, tiny_text_config, tiny_tokenizer
+from switchkd.models.towers import TOWERS
 from switchkd.tasks import load_config
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text()
@@ -88,7 +88,7 @@ def test_the_tower_enters_a_student_and_the_switch(monkeypatch, tokenizer, teach
     freeze(student)
     steps = pathway_of(student)
     pixels = batch["pixel_values"]
-    assert steps.encode(student, pixels).shape == (2, 16, 32)
+    assert steps.encode(pixels).shape == (2, 16, 32)
     method = SwitchKD(student, random_llava(tokenizer, hidden=48, vision_hidden=32, vision_layers=2, layers=1,
                                             image_size=32, patch_size=8))  # fmt: skip
     method(**batch).loss.backward()

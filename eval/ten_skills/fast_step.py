@@ -19,7 +19,7 @@ from transformers import LlavaForConditionalGeneration, get_scheduler
 
 from eval.ten_skills import world
 from eval.ten_skills.words import IMAGE_ID, PAD_ID
-from switchkd.models import pathway
+from switchkd.models.pathway import pathway_of
 
 CHUNK = 330  # samples a worker draws at a time; below it the sprites' tables cost more than the pictures
 ALL_SKILLS = (*world.SKILLS, world.LOCATE)
@@ -177,9 +177,9 @@ def _chunks(rows: np.ndarray, size: int) -> list[np.ndarray]:
 
 def _greedy(model: LlavaForConditionalGeneration, input_ids: Tensor, pixel_values: Tensor) -> Tensor:
     """The most likely next token at every place but the last, [N, T - 1]."""
-    visual_tokens = pathway.project(model, pathway.encode(model, pixel_values))
-    hidden = pathway.decode(model, input_ids, None, visual_tokens)
-    return pathway.head(model, hidden[:, :-1]).argmax(dim=-1)
+    path = pathway_of(model)
+    hidden = path.decode(input_ids, None, path.project(path.encode(pixel_values)))
+    return path.head(hidden[:, :-1]).argmax(dim=-1)
 
 
 def _decode(model: LlavaForConditionalGeneration, batch: dict[str, Tensor]) -> np.ndarray:

@@ -18,7 +18,8 @@ from eval.ten_skills.scenes import CELLS, COLOURS, SIZES, SPRITES, SURFACES
 from eval.ten_skills.sizes import Size
 from eval.ten_skills.words import IMAGE_ID, tokenizer
 from eval.ten_skills.world import Samples
-from switchkd.models import freeze, pathway
+from switchkd.models import freeze
+from switchkd.models.pathway import pathway_of
 from switchkd.models.tiny import tiny_text_config, tiny_vision_config
 
 HEADS = (len(SPRITES) + 1, len(COLOURS) + 1, len(SURFACES) + 1, len(SIZES) + 1, 5)  # a class more: none
@@ -79,7 +80,7 @@ def pretrain_tower(
     named: list[Tensor] = []
     for step, rows in enumerate(orders(len(feed), steps, size.tower_batch, seed).to(feed.images.device)):
         with autocast(feed.images.device, size.bf16):
-            features = pathway.encode(model, feed.batch(rows)["pixel_values"])
+            features = pathway_of(model).encode(feed.batch(rows)["pixel_values"])
             heads = probe(features).float().split(HEADS, dim=-1)
         known = labels[rows].unbind(dim=-1)
         loss = sum(F.cross_entropy(head.flatten(0, 1), each.flatten()) for head, each in zip(heads, known, strict=True))

@@ -14,7 +14,7 @@ from switchkd.losses import answer_rows, forward_kl
 from switchkd.losses.named import divergence
 from switchkd.methods import SwitchKD, Terms
 from switchkd.methods.switch_kd import Divergence
-from switchkd.models import pathway
+from switchkd.models.pathway import pathway_of
 
 
 class Scheduled(SwitchKD):
@@ -52,7 +52,7 @@ class SeenOnly(SwitchKD):
     def forward(self, input_ids, attention_mask=None, pixel_values=None, labels=None, num_items_in_batch=None) -> Terms:
         with torch.no_grad():
             seen, blind = (
-                pathway.head(self.teacher, self._rows(input_ids, attention_mask, pixels, labels))
+                pathway_of(self.teacher).head(self._rows(input_ids, attention_mask, pixels, labels))
                 for pixels in (pixel_values, torch.zeros_like(pixel_values))
             )
             changes = (forward_kl(blind, seen) > self.nats).float()
@@ -60,8 +60,9 @@ class SeenOnly(SwitchKD):
         return super().forward(input_ids, attention_mask, pixel_values, labels, num_items_in_batch)
 
     def _rows(self, input_ids, attention_mask, pixel_values, labels) -> Tensor:
-        visual_tokens = pathway.project(self.teacher, pathway.encode(self.teacher, pixel_values))
-        return answer_rows(pathway.decode(self.teacher, input_ids, attention_mask, visual_tokens), labels)[0]
+        teacher = pathway_of(self.teacher)
+        visual_tokens = teacher.project(teacher.encode(pixel_values))
+        return answer_rows(teacher.decode(input_ids, attention_mask, visual_tokens), labels)[0]
 
     def _kept(self, divergence, logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return divergence(logits, teacher_logits) * self._weights
@@ -85,7 +86,7 @@ class LlavaKD(SwitchKD):
 
     def forward(self, input_ids, attention_mask=None, pixel_values=None, labels=None, num_items_in_batch=None) -> Terms:
         terms = super().forward(input_ids, attention_mask, pixel_values, labels, num_items_in_batch)
-        tokens = input_ids[:, : pathway.visual_token_count(self.student)]
+        tokens = input_ids[:, : pathway_of(self.student).visual_token_count]
         logits = _logits(self.student, tokens, pixel_values)
         with torch.no_grad():
             teacher_logits = _logits(self.teacher, tokens, pixel_values)
@@ -103,8 +104,8 @@ class LlavaKD(SwitchKD):
 
 
 def _logits(model: LlavaForConditionalGeneration, tokens: Tensor, pixel_values: Tensor) -> Tensor:
-    visual_tokens = pathway.project(model, pathway.encode(model, pixel_values))
-    return pathway.head(model, pathway.decode(model, tokens, None, visual_tokens)).float()
+    path = pathway_of(model)
+    return path.head(path.decode(tokens, None, path.project(path.encode(pixel_values)))).float()
 
 
 def _alike(logits: Tensor) -> Tensor:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 
 def check_batch(
-    student: LlavaForConditionalGeneration,
+    student: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     pixel_values: Tensor | None,
     labels: Tensor | None,
 ) -> None:
     """ValueError unless input_ids, attention_mask and labels are [batch, time] and pixel_values are pictures as the
-    student's vision tower reads them. How many image tokens belong to them is `pathway.decode`'s to say."""
+    student's vision tower reads them. How many image tokens belong to them is its pathway's `decode` to say."""
     shape = tuple(input_ids.shape)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids is {shape}: it must be [batch, time]; a single sample is a batch of one")

@@ -7,16 +7,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
-from switchkd.models import pathway
+from switchkd.models.pathway import pathway_of
 
 logger = logging.getLogger(__name__)
 
 
-def shared_rows(
-    student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, shared_vocab: int | None
-) -> int:
+def shared_rows(student: PreTrainedModel, teacher: PreTrainedModel, shared_vocab: int | None) -> int:
     """`shared_vocab`, or all rows where it is None; ValueError where these cannot mean the same to both."""
     rows = [model.config.text_config.vocab_size for model in (student, teacher)]
     if shared_vocab is None:
@@ -39,8 +37,8 @@ def shared_rows(
 
 
 def check_features_meet(
-    student: LlavaForConditionalGeneration,
-    teacher: LlavaForConditionalGeneration,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     adapter: nn.Module | None,
     readers: Sequence[str],
     *,
@@ -53,8 +51,8 @@ def check_features_meet(
     """
     models = (student, teacher)
     visions = [model.config.vision_config for model in models]
-    tokens = [pathway.visual_token_count(model) for model in models]
-    widths = [pathway.feature_width(model) for model in models]
+    tokens = [pathway_of(model).visual_token_count for model in models]
+    widths = [pathway_of(model).feature_width for model in models]
     shown = [
         f"{v.image_size} px in patches of {v.patch_size}, {n} tokens" for v, n in zip(visions, tokens, strict=True)
     ]
@@ -108,9 +106,7 @@ def _check_adapter(adapter: nn.Module, tokens: list[int], widths: list[int], rea
         )
 
 
-def check_apart(
-    student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, adapter: nn.Module | None
-) -> None:
+def check_apart(student: PreTrainedModel, teacher: PreTrainedModel, adapter: nn.Module | None) -> None:
     """ValueError where the teacher holds parameters, or their memory, that the student or the adapter holds too: it is
     frozen, and they would be with it, without a word."""
     theirs = {key for parameter in teacher.parameters() for key in _memory(parameter)}
@@ -140,18 +136,16 @@ def check_features_train(features: Tensor, readers: Sequence[str]) -> None:
         )
 
 
-def check_encoders_move(
-    student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration, readers: Sequence[str]
-) -> None:
+def check_encoders_move(student: PreTrainedModel, teacher: PreTrainedModel, readers: Sequence[str]) -> None:
     """ValueError where the terms `readers` would train nothing of the student: its vision tower is frozen, and they
     train that alone. One line of warning where it starts equal to the teacher's."""
     if not readers:
         return
-    towers = [model.model.vision_tower for model in (student, teacher)]
+    paths = [pathway_of(model) for model in (student, teacher)]
+    towers = [path.part("vision_tower") for path in paths]
     states = [tower.state_dict() for tower in towers]
-    layers = [model.config.vision_feature_layer for model in (student, teacher)]
     equal = (
-        layers[0] == layers[1]
+        paths[0].feature_layers == paths[1].feature_layers
         and states[0].keys() == states[1].keys()
         and all(
             states[0][name].shape == states[1][name].shape

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from switchkd.losses.answers import answer_rows, answer_terms
 from switchkd.methods.batch_checks import check_batch
 from switchkd.methods.terms import Terms, answer_tokens, chunking, over_answer_tokens
-from switchkd.models import pathway
+from switchkd.models.pathway import pathway_of
 
 
 class SupervisedMethod(nn.Module):
@@ -23,7 +23,7 @@ class SupervisedMethod(nn.Module):
 
     frozen = ()
 
-    def __init__(self, student: LlavaForConditionalGeneration):
+    def __init__(self, student: PreTrainedModel):
         super().__init__()
         self.student = student
 
@@ -40,14 +40,13 @@ class SupervisedMethod(nn.Module):
         Raises ValueError for a batch of other shapes, and for image tokens that are not those of the pictures.
         """
         check_batch(self.student, input_ids, attention_mask, pixel_values, labels)
-        blank = pixel_values is None
+        student, blank = pathway_of(self.student), pixel_values is None
         if blank:
-            pixel_values = pathway.blank_pixels(self.student, like=input_ids)
-        visual_tokens = pathway.project(self.student, pathway.encode(self.student, pixel_values))
-        hidden = pathway.decode(self.student, input_ids, attention_mask, visual_tokens, blank=blank)
+            pixel_values = student.blank_pixels(like=input_ids)
+        visual_tokens = student.project(student.encode(pixel_values))
+        hidden = student.decode(input_ids, attention_mask, visual_tokens, blank=blank)
         rows, targets = answer_rows(hidden, labels)
-        head = self.student.lm_head
-        sums = answer_terms(rows, head, targets, **chunking(targets, head))
+        sums = answer_terms(rows, student.head, targets, **chunking(targets, student.head))
         return over_answer_tokens(sums, {"ce": 1.0}, targets, num_items_in_batch)
 
     def count(self, batch: Mapping[str, Tensor]) -> Tensor:

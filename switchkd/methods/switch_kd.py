@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from switchkd import losses
@@ -35,9 +35,9 @@ from switchkd.methods.pair_checks import (
     shared_rows,
 )
 from switchkd.methods.terms import Terms, answer_tokens, chunking, over_answer_tokens
-from switchkd.models import pathway
 from switchkd.models.image_tokens import images_per_sample, with_image_tokens
 from switchkd.models.llava import recompute_activations
+from switchkd.models.pathway import pathway_of
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -83,8 +83,8 @@ class SwitchKD(nn.Module):
 
     def __init__(
         self,
-        student: LlavaForConditionalGeneration,
-        teacher: LlavaForConditionalGeneration,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
         *,
         align: str | Divergence | None = "dbild",
         switch: str | Divergence | None = "dbild",
@@ -143,17 +143,17 @@ class SwitchKD(nn.Module):
         Raises ValueError for a batch of other shapes, for image tokens that are not those of the pictures, and where
         the student's vision tower has been frozen since the pair was made.
         """
-        student, teacher = self.student, self.teacher
-        check_batch(student, input_ids, attention_mask, pixel_values, labels)
-        image_token_id = student.config.image_token_id
+        check_batch(self.student, input_ids, attention_mask, pixel_values, labels)
+        student, teacher = pathway_of(self.student), pathway_of(self.teacher)
+        image_token_id = self.student.config.image_token_id
         blank = pixel_values is None
         if blank:
-            pixel_values = pathway.blank_pixels(student, like=input_ids)
-        features = pathway.encode(student, pixel_values)
-        hidden = pathway.decode(student, input_ids, attention_mask, pathway.project(student, features), blank=blank)
+            pixel_values = student.blank_pixels(like=input_ids)
+        features = student.encode(pixel_values)
+        hidden = student.decode(input_ids, attention_mask, student.project(features), blank=blank)
         student_rows, targets = answer_rows(hidden, labels)
 
-        given, wanted = (pathway.visual_token_count(model) for model in (student, teacher))
+        given, wanted = student.visual_token_count, teacher.visual_token_count
         read = (input_ids, attention_mask, labels)  # by the teacher
         if given != wanted:
             read = with_image_tokens(*read, image_token_id, given=given, wanted=wanted)
@@ -168,7 +168,7 @@ class SwitchKD(nn.Module):
         teacher_rows = switch_rows = None
         if self.align is not None or self.switch is not None or self.feature is not None:
             with torch.no_grad():
-                teacher_features = pathway.encode(teacher, pixel_values)
+                teacher_features = teacher.encode(pixel_values)
         if self.align is not None or self.switch is not None:
             with torch.no_grad():
                 teacher_rows = self._read_by_teacher(*read, teacher_features, blank)
@@ -177,15 +177,15 @@ class SwitchKD(nn.Module):
 
         sums = answer_terms(
             student_rows,
-            student.lm_head,
+            student.head,
             targets,
             teacher_hidden=teacher_rows,
             switch_hidden=switch_rows,
-            teacher_head=teacher.lm_head,
+            teacher_head=teacher.head,
             align=self.align,
             switch=self.switch,
             shared_vocab=self.shared_vocab,
-            **chunking(targets, student.lm_head, teacher.lm_head),
+            **chunking(targets, student.head, teacher.head),
         )
         if self.feature is not None:
             images = images_per_sample(input_ids, image_token_id, given)
@@ -196,11 +196,9 @@ class SwitchKD(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor, features: Tensor, blank: bool
     ) -> Tensor:
         """[answer tokens, hidden size of the teacher]: its states at the answer positions, over these features."""
-        visual_tokens = pathway.project(self.teacher, features)
-        image_token_id = self.student.config.image_token_id
-        hidden = pathway.decode(
-            self.teacher, input_ids, attention_mask, visual_tokens, image_token_id=image_token_id, blank=blank
-        )
+        teacher, image_token_id = pathway_of(self.teacher), self.student.config.image_token_id
+        visual_tokens = teacher.project(features)
+        hidden = teacher.decode(input_ids, attention_mask, visual_tokens, image_token_id=image_token_id, blank=blank)
         return answer_rows(hidden, labels)[0]
 
     def _feature_sum(self, features: Tensor, teacher_features: Tensor, weights: Tensor) -> Tensor:

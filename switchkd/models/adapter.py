@@ -12,16 +12,16 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
-from switchkd.models import pathway
+from switchkd.models.pathway import pathway_of
 
 
 class LinearAdapter(nn.Module):
     """Student's visual tokens on the teacher's grid, then one affine map of their width for all of them.
 
-    student_width, teacher_width: of the features that `pathway.encode` gives. student_tokens, teacher_tokens: for one
-    image. Other numbers of tokens are resampled between the two square grids, with weights that are fixed, not
+    student_width, teacher_width: of the features that the two pathways' `encode` gives. student_tokens, teacher_tokens:
+    for one image. Other numbers of tokens are resampled between the two square grids, with weights that are fixed, not
     trained: antialiased bilinear interpolation, which averages where the teacher's grid is the coarser one.
     Raises ValueError where the two numbers differ and one of them is no square.
 
@@ -38,11 +38,10 @@ class LinearAdapter(nn.Module):
         self.r2: float | None = None
 
     @classmethod
-    def between(cls, student: LlavaForConditionalGeneration, teacher: LlavaForConditionalGeneration) -> LinearAdapter:
+    def between(cls, student: PreTrainedModel, teacher: PreTrainedModel) -> LinearAdapter:
         """An adapter of the pair's widths and numbers of visual tokens, at its random start."""
-        models = (student, teacher)
-        widths, tokens = map(pathway.feature_width, models), map(pathway.visual_token_count, models)
-        return cls(*widths, *tokens)
+        ours, theirs = pathway_of(student), pathway_of(teacher)
+        return cls(ours.feature_width, theirs.feature_width, ours.visual_token_count, theirs.visual_token_count)
 
     def forward(self, features: Tensor) -> Tensor:
         """[images, student's tokens, student's width] -> [images, teacher's tokens, teacher's width]."""
@@ -58,8 +57,8 @@ class LinearAdapter(nn.Module):
 
 @torch.no_grad()
 def fit_switch_adapter(
-    student: LlavaForConditionalGeneration,
-    teacher: LlavaForConditionalGeneration,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
     pixel_values_batches: Iterable[Tensor],
     *,
     ridge: float = 1e-6,
@@ -76,11 +75,12 @@ def fit_switch_adapter(
     well it fits. Raises ValueError without a picture, and where the features are not finite or the teacher's do not
     vary.
     """
-    device = student.model.vision_tower.device
+    paths = [pathway_of(model) for model in (student, teacher)]
+    towers = [path.part("vision_tower") for path in paths]
+    device = towers[0].device
     if device.type == "mps":  # has no float64
         device = torch.device("cpu")
     adapter = LinearAdapter.between(student, teacher).to(device)
-    towers = [model.model.vision_tower for model in (student, teacher)]
     modes = [tower.training for tower in towers]
     for tower in towers:
         tower.eval()
@@ -88,8 +88,8 @@ def fit_switch_adapter(
     moments: Tensor | float = 0.0
     for pixel_values in pixel_values_batches:
         ours, theirs = (
-            pathway.encode(model, pixel_values.to(tower.device)).to(device, torch.float64)
-            for model, tower in zip((student, teacher), towers, strict=True)
+            path.encode(pixel_values.to(tower.device)).to(device, torch.float64)
+            for path, tower in zip(paths, towers, strict=True)
         )
         ours, theirs = adapter.on_teacher_grid(ours).flatten(0, 1), theirs.flatten(0, 1)
         tokens = torch.cat([torch.ones_like(ours[:, :1]), ours, theirs], dim=1)
@@ -101,7 +101,7 @@ def fit_switch_adapter(
     weight, bias, adapter.r2 = _least_squares(moments, adapter.linear.in_features, ridge)
     adapter.linear.weight.copy_(weight)
     adapter.linear.bias.copy_(bias)
-    return adapter.to(student.model.vision_tower.device)
+    return adapter.to(towers[0].device)
 
 
 def _least_squares(moments: Tensor, width: int, ridge: float) -> tuple[Tensor, Tensor, float]:

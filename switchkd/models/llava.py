@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import (
     LlavaForConditionalGeneration,
     LlavaProcessor,
@@ -16,16 +15,12 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
+from switchkd.models.image_processors import check_picture_size
 from switchkd.models.load import load_processor, load_weights
-from switchkd.models.pictures import check_picture_size, square_pictures
-from switchkd.models.shapes import check_tower, llava_config, saved_config
+from switchkd.models.pathway import pathway_of
+from switchkd.models.shapes import llava_config, saved_config
 from switchkd.models.templates import IMAGE_TOKEN, add_image_token, end_tokens, image_template
-
-PARTS = {
-    "vision_tower": "model.vision_tower",
-    "projector": "model.multi_modal_projector",
-    "language_model": "model.language_model",
-}
+from switchkd.models.towers import tower_kind
 
 
 def load_llava(
@@ -58,7 +53,7 @@ def assemble_llava(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A LLaVA model from a vision tower and a causal language model, with a new two-layer projector.
 
-    vision_tower: SiglipVisionModel or CLIPVisionModel. language_model: any causal language model with `lm_head`, as
+    vision_tower: of a kind of `TOWERS`. language_model: any causal language model with `lm_head`, as
     Qwen2.5, Qwen3, Llama, Phi-3 and StableLM; its embedding rows grow only when they do not hold `<image>` already.
     tokenizer, chat_template, image_processor, vision_feature_select_strategy: as `make_processor` takes them.
     The projector's start follows torch's seed. All weights are float32, and what is float32 already is shared with
@@ -68,7 +63,7 @@ def assemble_llava(
     take (GPT-2, OPT), and where no template takes images.
     """
     vision = vision_tower.config
-    check_tower(vision, "the vision tower")
+    tower_kind(vision)
     bias = getattr(language_model.get_output_embeddings(), "bias", None)
     if bias is not None and bias.any():
         raise ValueError(
@@ -134,25 +129,25 @@ def make_processor(
     The tokenizer takes it on. image_processor: left out, the tower's kind with pictures resized to a square.
     Raises ValueError for pictures of another size than the tower reads, and where no template takes images.
     """
-    image_processor = image_processor or square_pictures(vision)
+    tower = tower_kind(vision)
+    image_processor = image_processor or tower.square_image_processor(vision.image_size)
     check_picture_size(image_processor, vision)
     tokenizer.chat_template = image_template(tokenizer, chat_template)
     add_image_token(tokenizer)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    has_class_token = vision.model_type == "clip_vision_model"
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy=vision_feature_select_strategy or ("default" if has_class_token else "full"),
-        num_additional_image_tokens=int(has_class_token),
+        vision_feature_select_strategy=vision_feature_select_strategy or tower.select_strategy,
+        num_additional_image_tokens=int(tower.class_token),
         image_token=IMAGE_TOKEN,
         chat_template=tokenizer.chat_template,
     )
 
 
-def recompute_activations(model: LlavaForConditionalGeneration) -> None:
+def recompute_activations(model: PreTrainedModel) -> None:
     """The layers of tower and language model recompute their activations in backward instead of keeping them.
 
     Gradients stay bit for bit the same, and a frozen tower still has none to compute. A layer recomputes only while its
@@ -166,32 +161,20 @@ def recompute_activations(model: LlavaForConditionalGeneration) -> None:
     model.disable_input_require_grads()
 
 
-def freeze(model: LlavaForConditionalGeneration, parts: Sequence[str] = ()) -> None:
+def freeze(model: PreTrainedModel, parts: Sequence[str] = ()) -> None:
     """Freezes the named parts ("vision_tower", "projector", "language_model"; with it its head) and trains the rest.
 
     The tower's parameters that no output depends on (layers past `vision_feature_layer`, the last norm, the pooling
     head) are always frozen: DDP waits for their gradient and weight decay would move them.
     """
-    unknown = [part for part in parts if part not in PARTS]
+    path = pathway_of(model)
+    unknown = [part for part in parts if part not in path.parts]
     if unknown:
-        raise ValueError(f"freeze: {unknown} is not a part of the model; known are {', '.join(PARTS)}")
+        raise ValueError(f"freeze: {unknown} is not a part of the model; known are {', '.join(path.parts)}")
     model.requires_grad_(True)
     for part in parts:
-        model.get_submodule(PARTS[part]).requires_grad_(False)
+        path.part(part).requires_grad_(False)
         if part == "language_model":
-            model.lm_head.requires_grad_(False)
-    for module in unused_modules(model):
-        module.requires_grad_(False)
-
-
-def unused_modules(model: LlavaForConditionalGeneration) -> list[nn.Module]:
-    """The modules of the vision tower that no output depends on."""
-    tower = model.model.vision_tower
-    layers = tower.encoder.layers
-    read = model.config.vision_feature_layer
-    read = [read] if isinstance(read, int) else list(read)
-    last = max(layer if layer >= 0 else len(layers) + 1 + layer for layer in read)
-    unused: list[nn.Module] = [*layers[last:], tower.post_layernorm]
-    if getattr(tower, "use_head", False):
-        unused.append(tower.head)
-    return unused
+            path.head.requires_grad_(False)
+    for each in path.unread():
+        each.requires_grad_(False)

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from switchkd.config import Stage
-from switchkd.models.llava import PARTS, unused_modules
+from switchkd.models.pathway import LlavaPathway, pathway_of
 
-HEAD = "lm_head"
+PARTS, HEAD = LlavaPathway.parts, "lm_head"
 
 
 def add_lora(
@@ -46,7 +46,8 @@ def add_lora(
     before = {name: (weight, weight.requires_grad) for name, weight in model.named_parameters()}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     linear = {name: module for name, module in linear.items() if _part(name) in parts and name != HEAD}
-    unused = {inner for module in unused_modules(model) for inner in module.modules()}
+    unread = [each for each in pathway_of(model).unread() if isinstance(each, nn.Module)]
+    unused = {inner for module in unread for inner in module.modules()}
     inject_adapter_in_model(
         LoraConfig(
             r=rank,

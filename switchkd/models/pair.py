@@ -9,8 +9,8 @@ from transformers import LlavaProcessor, PreTrainedTokenizerBase
 
 from switchkd.data.conversations.tokens import special_tokens, text_ids
 from switchkd.models.config import StudentConfig, TeacherConfig
+from switchkd.models.image_processors import image_settings
 from switchkd.models.load import load_processor
-from switchkd.models.pictures import image_settings
 from switchkd.models.templates import IMAGE_TOKEN, PROBE, render
 from switchkd.models.tiny import TEACHER
 

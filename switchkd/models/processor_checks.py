@@ -7,8 +7,9 @@ from contextlib import suppress
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from switchkd.models import pathway
+from switchkd.models.pathway import pathway_of
 from switchkd.models.templates import PROBE, QUESTION, render, turn_end
+from switchkd.models.towers import tower_kind
 
 
 def check_processor(model: LlavaForConditionalGeneration, processor: LlavaProcessor, whose: str) -> None:
@@ -74,13 +75,13 @@ def _check_picture(model: LlavaForConditionalGeneration, processor: LlavaProcess
             f"{(vision.num_channels, vision.image_size, vision.image_size)}: correct size and crop_size in its "
             "processor_config.json or preprocessor_config.json"
         )
-    wanted, written = pathway.visual_token_count(model), "no"
+    wanted, written = pathway_of(model).visual_token_count, "no"
     with suppress(TypeError, ZeroDivisionError):  # it divides by settings that are None, or 0
         written = processor(text=[text], images=[wide])["input_ids"][0].count(processor.image_token_id)
     if written != wanted:
         must = {
             "patch_size": vision.patch_size,
-            "num_additional_image_tokens": int(vision.model_type == "clip_vision_model"),
+            "num_additional_image_tokens": int(tower_kind(vision).class_token),
             "vision_feature_select_strategy": model.config.vision_feature_select_strategy,
         }
         other = ", ".join(

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionModel,
     LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2ForCausalLM,
-    SiglipVisionModel,
 )
 from transformers.image_processing_utils import BaseImageProcessor
 
 from switchkd.models.config import StudentConfig
+from switchkd.models.image_processors import load_image_processor, tower_image_processor
 from switchkd.models.llava import assemble_llava, freeze, load_llava, make_processor
 from switchkd.models.load import load_processor, load_tokenizer, load_weights
-from switchkd.models.pictures import load_pictures, tower_pictures
-from switchkd.models.shapes import check_tower, feature_layer, part_config
+from switchkd.models.shapes import feature_layer, part_config
 from switchkd.models.tiny import STUDENT_SHAPE, VISION_TOWER, tiny_text_config, tiny_tokenizer
-
-# Of a whole SigLIP or CLIP model: how the names begin of what is not its vision tower.
-BESIDE_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+from switchkd.models.towers import tower_kind
 
 
 def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -52,7 +48,7 @@ def build_student(config: StudentConfig) -> tuple[LlavaForConditionalGeneration,
             vision_feature_layer=feature_layer(config),
             vision_feature_select_strategy=config.vision_feature_select_strategy,
             chat_template=config.chat_template,
-            image_processor=_pictures(config),
+            image_processor=_image_processor(config),
         )
     freeze(model)
     return model, processor
@@ -68,11 +64,13 @@ def build_processor(config: StudentConfig, *, local_files_only: bool = False) ->
             config.path, "student.path", chat_template=config.chat_template, local_files_only=local_files_only
         )
     return make_processor(
-        part_config(config.vision_tower or str(VISION_TOWER), "student.vision_tower"),
+        part_config(
+            config.vision_tower or str(VISION_TOWER), "student.vision_tower", local_files_only=local_files_only
+        ),
         _tokenizer(config, local_files_only=local_files_only),
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         chat_template=config.chat_template,
-        image_processor=_pictures(config, local_files_only=local_files_only),
+        image_processor=_image_processor(config, local_files_only=local_files_only),
     )
 
 
@@ -82,21 +80,20 @@ def _tokenizer(config: StudentConfig, **options) -> PreTrainedTokenizerBase:
     return load_tokenizer(config.language_model, "student.language_model", **options)
 
 
-def _pictures(config: StudentConfig, **options) -> BaseImageProcessor | None:
+def _image_processor(config: StudentConfig, **options) -> BaseImageProcessor | None:
     """As `config.image_processor` says, else as the settings beside the vision tower do, else None."""
     if config.image_processor:
-        return load_pictures(config.image_processor, "student.image_processor", **options)
-    return tower_pictures(config.vision_tower or str(VISION_TOWER), **options)
+        return load_image_processor(config.image_processor, "student.image_processor", **options)
+    return tower_image_processor(config.vision_tower or str(VISION_TOWER), **options)
 
 
 def load_vision_tower(path: str) -> PreTrainedModel:
-    """A SigLIP or CLIP vision tower from a folder or Hub name, of its own or inside a whole SigLIP or CLIP model.
+    """A vision tower of a kind of `TOWERS` from a folder or Hub name, alone or inside a whole SigLIP or CLIP model.
 
     Raises FileNotFoundError for what is not there and ValueError for another type of model, and for weights that cannot
     be read or are not those of its config.json.
     """
     field = "student.vision_tower"
     vision = part_config(path, field)
-    check_tower(vision, f"{field} {path}")
-    tower = CLIPVisionModel if vision.model_type == "clip_vision_model" else SiglipVisionModel
-    return load_weights(tower, path, "vision tower", field, beside=BESIDE_TOWER)
+    kind = tower_kind(vision, f"{field} {path}")
+    return load_weights(kind.model, path, "vision tower", field, beside=kind.beside)

@@ -2,6 +2,6 @@
 
 from switchkd.plan.checks import Problem
 from switchkd.plan.planner import Plan, StagePlan, make_plan
-from switchkd.plan.table import show
+from switchkd.plan.printed import show
 
 __all__ = ["Plan", "Problem", "StagePlan", "make_plan", "show"]

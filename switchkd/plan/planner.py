@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlavaForConditionalGeneration
+from transformers import PreTrainedModel
 
 from switchkd.config import Stage
 from switchkd.methods import SupervisedMethod, SwitchKD
@@ -20,8 +20,8 @@ from switchkd.models.adapter import LinearAdapter
 from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora
 from switchkd.models.pair import as_teacher_reads, teacher_processor
-from switchkd.models.pathway import visual_token_count
-from switchkd.models.shapes import student_config, teacher_config
+from switchkd.models.pathway import pathway_of
+from switchkd.models.planned import student_config, teacher_config
 from switchkd.plan.checks import (
     Problem,
     check_memory,
@@ -32,21 +32,10 @@ from switchkd.plan.checks import (
     check_towers,
     same_towers,
 )
-from switchkd.plan.costs import (
-    CASTS,
-    GRADIENTS,
-    LANGUAGE_MODEL,
-    TOWER,
-    Batch,
-    StepCost,
-    WithoutData,
-    fake,
-    fake_llava,
-    meta_llava,
-    part_parameters,
-    step_cost,
-)
+from switchkd.plan.costs import CASTS, GRADIENTS, LANGUAGE_MODEL, TOWER, StepCost, part_parameters, step_cost
+from switchkd.plan.fakes import Batch, WithoutData, fake, meta_llava
 from switchkd.plan.gpus import ALLOWANCE, ENGINES, Gpu, find_gpu, kept_memory, shared_gradients
+from switchkd.plan.repeats import Repeated, shorten
 from switchkd.plan.survey import Survey, local_processor, survey
 from switchkd.tasks.vlm_config import Run
 from switchkd.training.config import TrainConfig
@@ -131,8 +120,10 @@ class _Planner:
         self.teacher_shape = None
         if distils or config.teacher.steps:
             self.teacher_shape = teacher_config(config.teacher)
-        self.student = part_parameters(fake_llava(self.student_shape))
-        self.teacher = part_parameters(fake_llava(self.teacher_shape)) if self.teacher_shape else {}
+        student = meta_llava(self.student_shape)
+        self.visual_tokens = pathway_of(student).visual_token_count
+        self.student = part_parameters(student)
+        self.teacher = part_parameters(meta_llava(self.teacher_shape)) if self.teacher_shape else {}
         self.processor = local_processor(config.student)
         self.shared_rows = None
         if distils:
@@ -141,8 +132,7 @@ class _Planner:
             )
 
     def plan(self) -> Plan:
-        visual_tokens = visual_token_count(fake_llava(self.student_shape))
-        stages = [self._stage(stage, visual_tokens) for stage in self.runs]
+        stages = [self._stage(stage) for stage in self.runs]
         check_run(self.config, len(stages), self.engine, self.problems)
         return Plan(
             self.config,
@@ -150,7 +140,7 @@ class _Planner:
             self.gpus,
             self.engine,
             self.efficiency,
-            visual_tokens,
+            self.visual_tokens,
             self.student,
             self.teacher,
             stages,
@@ -159,9 +149,11 @@ class _Planner:
             self.assumed,
         )
 
-    def _stage(self, stage: Stage, visual_tokens: int) -> StagePlan:
+    def _stage(self, stage: Stage) -> StagePlan:
         student = self._start(stage)
-        found = self._survey(stage, visual_tokens)
+        parameters, repeated = part_parameters(student), shorten(student)
+        fake(student)
+        found = self._survey(stage)
         # The undistilled student is the last stage with less in it: what goes wrong is said once, of the last stage.
         problems = [] if stage.name == "undistilled" else self.problems
         problems += [Problem(name, text) for name, text in found.faults]
@@ -169,42 +161,46 @@ class _Planner:
         if found.assumed and assumed not in self.assumed:
             self.assumed.append(assumed)
         steps, accumulation = check_steps(stage, found.samples, self.gpus, problems)
-        planned = StagePlan(stage.name, stage, found, part_parameters(student), accumulation, steps)
+        planned = StagePlan(stage.name, stage, found, parameters, accumulation, steps)
         equal = same_towers(self.config, stage.name, self.student_shape, self.teacher_shape)
         try:
             with WithoutData(equal=equal is True and "vision_tower" in stage.freeze):
-                method = self._method(stage, student)
+                method = self._method(stage, student, repeated)
         except ValueError as error:
             problems.append(Problem(stage.field("method"), str(error)))
             return planned
         if stage.method and (stage.method.switch or stage.method.feature):
             check_towers(equal, stage.field("method"), problems)
-        if not check_room(planned, visual_tokens, problems):
+        if not check_room(planned, self.visual_tokens, problems):
             return planned
-        costs = {tokens: self._cost(method, stage.train, found, tokens) for tokens in {found.padded, found.longest}}
-        memory = self._memory(costs[found.longest], planned, method)
+        cost = self._cost(method, stage.train, found, found.longest, repeated)
+        flops = cost.flops_at(found.padded, of=found.longest)
+        if flops is None or found.padded - self.visual_tokens < found.answers:
+            flops = self._cost(method, stage.train, found, found.padded, repeated).flops
+        memory = self._memory(cost, planned, method)
         check_memory(memory, planned, self.gpu, self.gpus, self.engine, problems)
-        flops = {key: count / stage.train.batch_size for key, count in costs[found.padded].flops.items()}
+        flops = {key: count / stage.train.batch_size for key, count in flops.items()}
         rate = self.gpu.tflops * 1e12 * self.efficiency * self.gpus / sum(flops.values())
         seen = steps and steps * accumulation * stage.train.batch_size * self.gpus
         hours = seen and seen / rate / 3600
         return replace(planned, flops=flops, memory=memory, samples_a_second=rate, hours=hours)
 
-    def _survey(self, stage: Stage, visual_tokens: int) -> Survey:
+    def _survey(self, stage: Stage) -> Survey:
         train = stage.train
         key = (stage.data, train.batch_size, train.group_by_length)
         if key not in self.surveys:
             self.surveys[key] = survey(
                 stage.data,
                 self.processor,
-                visual_tokens,
+                self.visual_tokens,
                 field=stage.field("data"),
                 batch_size=train.batch_size,
                 group_by_length=train.group_by_length,
             )
         return self.surveys[key]
 
-    def _start(self, stage: Stage) -> LlavaForConditionalGeneration:
+    def _start(self, stage: Stage) -> PreTrainedModel:
+        """The student as the stage trains it, on the meta device."""
         train = stage.train
         # DeepSpeed trains bfloat16 weights; elsewhere they are float32 and autocast computes in bfloat16.
         dtype = torch.bfloat16 if train.bf16 and self.engine != "ddp" else torch.float32
@@ -214,12 +210,15 @@ class _Planner:
             add_lora(student, train.lora_rank, train.lora_alpha, train.lora_dropout, train.lora_parts)
         if train.gradient_checkpointing:
             recompute_activations(student)
-        return fake(student)
+        return student
 
-    def _method(self, stage: Stage, student: LlavaForConditionalGeneration) -> nn.Module:
+    def _method(self, stage: Stage, student: PreTrainedModel, repeated: list[Repeated]) -> nn.Module:
+        """`repeated`: the student's layers that stand for several; the teacher's are added."""
         if stage.method is None:
             return SupervisedMethod(student)
-        teacher = fake_llava(self.teacher_shape, torch.bfloat16 if stage.train.bf16 else torch.float32)
+        teacher = meta_llava(self.teacher_shape, torch.bfloat16 if stage.train.bf16 else torch.float32)
+        repeated += shorten(teacher)
+        fake(teacher)
         options = asdict(stage.method)
         if stage.method.switch_adapter:
             with torch.device("meta"):
@@ -227,14 +226,17 @@ class _Planner:
             options["switch_adapter"] = fake(adapter)
         return SwitchKD(student, teacher, shared_vocab=self.shared_rows, **options)
 
-    def _cost(self, method: nn.Module, train: TrainConfig, found: Survey, tokens: int) -> StepCost:
-        answers = min(found.answers, tokens - visual_token_count(method.student))
+    def _cost(
+        self, method: nn.Module, train: TrainConfig, found: Survey, tokens: int, repeated: list[Repeated]
+    ) -> StepCost:
+        answers = min(found.answers, tokens - pathway_of(method.student).visual_token_count)
         batch = Batch(train.batch_size, tokens, answers).tensors(method.student)
-        return step_cost(method, batch, autocast=train.bf16 and self.engine == "ddp")
+        return step_cost(method, batch, autocast=train.bf16 and self.engine == "ddp", repeated=repeated)
 
     def _memory(self, cost: StepCost, stage: StagePlan, method: nn.Module) -> dict[str, int]:
         # An adapter between the towers is the method's, not the student's.
-        trained = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+        adapter = getattr(method, "switch_adapter", None)
+        trained = _trained(stage.parameters) + sum(each.numel() for each in (adapter.parameters() if adapter else ()))
         teacher = _count(self.teacher) if stage.config.method else 0
         memory = kept_memory(
             parameters=_count(stage.parameters),

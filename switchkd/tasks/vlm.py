@@ -25,6 +25,7 @@ from switchkd.models.config import TeacherConfig
 from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora, check_lora, merge_lora, save_adapter
 from switchkd.models.pair import as_teacher_reads
+from switchkd.models.pathway import pathway_of
 from switchkd.models.processor_checks import check_processor
 from switchkd.models.students import build_student as build_model
 from switchkd.models.tiny import TEACHER
@@ -246,7 +247,7 @@ def fit_adapter(
     """The switch adapter of the pair, fitted on the pictures of up to `count` samples spread evenly over all."""
     state = PartialState()
     for model in (student, teacher):
-        model.model.vision_tower.to(state.device)
+        pathway_of(model).part("vision_tower").to(state.device)
     spread = (samples[index] for index in range(0, len(samples), math.ceil(len(samples) / count)))
     adapter = fit_switch_adapter(student, teacher, (s["pixel_values"] for s in spread if "pixel_values" in s))
     state.print(f"switch adapter: explains {adapter.r2:.1%} of the variance of the teacher's vision features (R2)")

@@ -15,20 +15,17 @@ import torch
 from accelerate import PartialState
 from transformers import (
     AutoModelForCausalLM,
-    CLIPImageProcessorPil,
-    CLIPVisionModel,
     LlavaConfig,
     PreTrainedConfig,
-    SiglipImageProcessorPil,
-    SiglipVisionModel,
 )
 
 from switchkd.data.config import DataConfig, MixtureConfig
 from switchkd.data.conversations.sample_llava import CAPTIONS, INSTRUCTIONS, write_llava_sample
 from switchkd.evaluation.config import JudgeConfig
 from switchkd.models import assemble_llava
-from switchkd.models.shapes import part_config, student_config, teacher_config
+from switchkd.models.planned import planned_part, student_config, teacher_config
 from switchkd.models.tiny import tiny_llama_tokenizer, tiny_tokenizer
+from switchkd.models.towers import tower_kind
 from switchkd.tasks.vlm_config import Run, StageConfig
 from switchkd.training.config import TrainConfig
 
@@ -45,7 +42,7 @@ def rehearse(config: Run) -> Run:
     call writes the same parts and gives an equal configuration: a rehearsal resumes as its run would. Only LLaVA data
     and mixtures are replaced by samples of the package; of other sources a dozen is taken at random. Of several
     processes the first writes. Raises ValueError where the teacher would become tiny and the student's tower not, and
-    as `part_config` and `teacher_config` do, where the kind of a part cannot be found out.
+    as `planned_part` and `teacher_config` do, where the kind of a part cannot be found out.
     """
     student = config.student
     if config.teacher.path and not (student.path or student.vision_tower):
@@ -96,11 +93,11 @@ def _write_parts(config: Run, folder: Path) -> None:
     if student.path:
         _write_llava(student_config(student), STUDENT_WIDTH, student.chat_template, folder / "student")
     if student.vision_tower:
-        tower = _tower(part_config(student.vision_tower))
+        tower = _tower(planned_part(student.vision_tower))
         tower.save_pretrained(folder / "vision_tower")
-        _picture_settings(tower).save_pretrained(folder / "vision_tower")
+        tower_kind(tower.config).own_image_processor(SIDE).save_pretrained(folder / "vision_tower")
     if student.language_model:
-        model, tokenizer = _language_model(part_config(student.language_model), STUDENT_WIDTH)
+        model, tokenizer = _language_model(planned_part(student.language_model), STUDENT_WIDTH)
         model.save_pretrained(folder / "language_model")
         tokenizer.save_pretrained(folder / "language_model")
 
@@ -115,7 +112,7 @@ def _write_llava(shape: LlavaConfig, width: int, chat_template: str | None, fold
         vision_feature_layer=shape.vision_feature_layer,
         vision_feature_select_strategy=shape.vision_feature_select_strategy,
         chat_template=chat_template,
-        image_processor=_picture_settings(tower),
+        image_processor=tower_kind(tower.config).own_image_processor(SIDE),
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -125,13 +122,7 @@ def _tower(shape: PreTrainedConfig):
     """A random tower of the shape's kind; the same weights for the same shape."""
     torch.manual_seed(_seed(shape))
     tiny = type(shape)(**TOWER, image_size=SIDE, patch_size=PATCH)
-    return (CLIPVisionModel if tiny.model_type == "clip_vision_model" else SiglipVisionModel)(tiny)
-
-
-def _picture_settings(tower) -> SiglipImageProcessorPil | CLIPImageProcessorPil:
-    if tower.config.model_type == "clip_vision_model":
-        return CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    return SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
+    return tower_kind(tiny).model(tiny)
 
 
 def _language_model(shape: PreTrainedConfig, width: int) -> tuple:

@@ -9,7 +9,8 @@ import torch
 
 from switchkd import losses
 from switchkd.methods import SwitchKD
-from switchkd.models import freeze, pathway
+from switchkd.models import freeze
+from switchkd.models.pathway import pathway_of
 from switchkd.models.tiny import random_llava
 
 FEATURES = {"cosine": losses.token_cosine, "relation": losses.token_relation}
@@ -40,7 +41,7 @@ def uneven(batch, tokenizer):
 @pytest.mark.parametrize("name", FEATURES)
 def test_each_image_counts_as_much_as_its_samples_answer_tokens(student, teacher, uneven, name):
     terms = SwitchKD(student, teacher, **only(name, feature_weight=3.0))(**uneven)
-    features = [pathway.encode(model, uneven["pixel_values"]) for model in (student, teacher)]
+    features = [pathway_of(model).encode(uneven["pixel_values"]) for model in (student, teacher)]
     first, second, third = FEATURES[name](*features).tolist()
     expected = (2 * (first + second) / 2 + 5 * 0 + 4 * third) / 11
     assert terms.named.keys() == {"ce", "feature"}
@@ -114,7 +115,7 @@ def test_an_own_distance(student, teacher, batch):
         return (ours - theirs).pow(2).mean((1, 2))
 
     value = SwitchKD(student, teacher, **only(gap))(**batch).named["feature"].item()
-    ours, theirs = (pathway.encode(model, batch["pixel_values"]) for model in (student, teacher))
+    ours, theirs = (pathway_of(model).encode(batch["pixel_values"]) for model in (student, teacher))
     tokens = (batch["labels"] != -100).sum(1)
     assert value == pytest.approx(((gap(ours, theirs.detach()) * tokens).sum() / tokens.sum()).item(), rel=1e-5)
     with pytest.raises(ValueError, match=r"feature returned shape \(\) for 2 images: it must give one value an image"):
@@ -123,7 +124,7 @@ def test_an_own_distance(student, teacher, batch):
 
 def test_relations_need_no_equal_widths_and_cosines_do(tokenizer, teacher, batch):
     narrow = random_llava(tokenizer, hidden=32, vision_hidden=24, vision_layers=2, image_size=32, patch_size=8)
-    features = [pathway.encode(model, batch["pixel_values"]) for model in (narrow, teacher)]
+    features = [pathway_of(model).encode(batch["pixel_values"]) for model in (narrow, teacher)]
     tokens = (batch["labels"] != -100).sum(1)
     expected = (losses.token_relation(*features) * tokens).sum() / tokens.sum()
     named = SwitchKD(narrow, teacher, **only("relation"))(**batch).named

@@ -9,8 +9,9 @@ from torch import nn
 from switchkd import losses
 from switchkd.methods import SupervisedMethod, SwitchKD
 from switchkd.methods.pair_checks import check_features_meet
-from switchkd.models import freeze, pathway
+from switchkd.models import freeze
 from switchkd.models.adapter import LinearAdapter, fit_switch_adapter
+from switchkd.models.pathway import LlavaPathway, pathway_of
 from switchkd.models.tiny import random_llava
 
 SHAPE = {"vision_layers": 2, "image_size": 32, "patch_size": 8, "layers": 2}
@@ -39,10 +40,10 @@ def test_a_narrower_student_is_switched_through_the_adapter(narrow, teacher, bat
     adapter = LinearAdapter.between(narrow, teacher)
     terms = SwitchKD(narrow, teacher, switch_adapter=adapter)(**batch)
     pixels = batch["pixel_values"]
-    z_t = answer_logits(teacher, batch, pathway.encode(teacher, pixels))
-    z_switch = answer_logits(teacher, batch, adapter.linear(pathway.encode(narrow, pixels)))
+    z_t = answer_logits(teacher, batch, pathway_of(teacher).encode(pixels))
+    z_switch = answer_logits(teacher, batch, adapter.linear(pathway_of(narrow).encode(pixels)))
     assert terms.named["switch"].item() == pytest.approx(losses.dbild_loss(z_switch, z_t).mean().item(), rel=1e-4)
-    z_s = answer_logits(narrow, batch, pathway.encode(narrow, pixels))
+    z_s = answer_logits(narrow, batch, pathway_of(narrow).encode(pixels))
     assert terms.named["align"].item() == pytest.approx(losses.dbild_loss(z_s, z_t).mean().item(), rel=1e-4)
 
 
@@ -131,7 +132,7 @@ def test_other_numbers_of_visual_tokens_by_hand(tokenizer, batch, coarse_batch, 
     terms = SwitchKD(student, teacher, feature="cosine", switch_adapter=adapter)(**students)
 
     pixels = batch["pixel_values"]
-    ours, theirs = (pathway.encode(model, pixels) for model in (student, teacher))
+    ours, theirs = (pathway_of(model).encode(pixels) for model in (student, teacher))
     adapted = adapter(ours)
     assert adapted.shape == theirs.shape
     z_s, z_t = answer_logits(student, students, ours), answer_logits(teacher, teachers, theirs)
@@ -155,13 +156,13 @@ def test_the_teacher_reads_the_same_text_behind_its_own_number_of_image_tokens(
     tokenizer, teacher, batch, coarse_batch, monkeypatch
 ):
     student = random_llava(tokenizer, hidden=32, vision_hidden=32, **(SHAPE | {"patch_size": 16}))
-    read, decode = [], pathway.decode
+    read, decode = [], LlavaPathway.decode
 
-    def recorded(model, input_ids, attention_mask, *rest, **options):
-        read.append((model, input_ids, attention_mask))
-        return decode(model, input_ids, attention_mask, *rest, **options)
+    def recorded(path, input_ids, attention_mask, *rest, **options):
+        read.append((path.model, input_ids, attention_mask))
+        return decode(path, input_ids, attention_mask, *rest, **options)
 
-    monkeypatch.setattr(pathway, "decode", recorded)
+    monkeypatch.setattr(LlavaPathway, "decode", recorded)
     SwitchKD(student, teacher, switch_adapter=LinearAdapter.between(student, teacher))(**coarse_batch)
     assert [model for model, *_ in read] == [student, teacher, teacher]
     for _, ids, mask in read[1:]:
@@ -173,8 +174,8 @@ def test_the_align_term_alone_needs_no_adapter(tokenizer, teacher, batch, coarse
     student = random_llava(tokenizer, hidden=32, vision_hidden=24, **(SHAPE | {"patch_size": 16}))
     terms = SwitchKD(student, teacher, switch=None)(**coarse_batch)
     pixels = batch["pixel_values"]
-    z_s = answer_logits(student, coarse_batch, pathway.encode(student, pixels))
-    z_t = answer_logits(teacher, batch, pathway.encode(teacher, pixels))
+    z_s = answer_logits(student, coarse_batch, pathway_of(student).encode(pixels))
+    z_t = answer_logits(teacher, batch, pathway_of(teacher).encode(pixels))
     assert terms.named["align"].item() == pytest.approx(losses.dbild_loss(z_s, z_t).mean().item(), rel=1e-4)
 
 

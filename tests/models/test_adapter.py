@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from switchkd.models import adapter as adapters
-from switchkd.models import pathway
 from switchkd.models.adapter import LinearAdapter, fit_switch_adapter
+from switchkd.models.pathway import LlavaPathway, pathway_of
 from switchkd.models.tiny import random_llava
 
 SHAPE = {"hidden": 32, "vision_layers": 2, "image_size": 32, "patch_size": 8}
@@ -26,12 +26,12 @@ def pictures():
 def planted(monkeypatch, narrow, teacher):
     """The map that the teacher's features are of the student's, as long as the test lasts."""
     truth = nn.Linear(24, 32)
-    encode = pathway.encode
+    encode = LlavaPathway.encode
 
-    def encoded(model, pixels):
-        return truth(encode(narrow, pixels)) if model is teacher else encode(model, pixels)
+    def encoded(path, pixels):
+        return truth(encode(pathway_of(narrow), pixels)) if path.model is teacher else encode(path, pixels)
 
-    monkeypatch.setattr(pathway, "encode", encoded)
+    monkeypatch.setattr(LlavaPathway, "encode", encoded)
     return truth
 
 
@@ -40,7 +40,7 @@ def test_a_planted_map_is_found_again(planted, narrow, teacher, pictures):
     assert fitted.r2 == pytest.approx(1.0, abs=1e-9)
     torch.testing.assert_close(fitted.linear.weight, planted.weight, atol=2e-3, rtol=0)
     with torch.no_grad():
-        features = pathway.encode(narrow, pictures[0])
+        features = pathway_of(narrow).encode(pictures[0])
         torch.testing.assert_close(fitted(features), planted(features), atol=1e-4, rtol=0)
     assert fitted.linear.weight.dtype == torch.float32
     assert fitted.linear.weight.requires_grad
@@ -50,7 +50,7 @@ def test_the_fit_is_least_squares_with_a_bias_whatever_the_batches(narrow, teach
     fitted = fit_switch_adapter(narrow, teacher, pictures, ridge=0.0)
     with torch.no_grad():
         ours, theirs = (
-            torch.cat([pathway.encode(model, batch).flatten(0, 1) for batch in pictures]).double()
+            torch.cat([pathway_of(model).encode(batch).flatten(0, 1) for batch in pictures]).double()
             for model in (narrow, teacher)
         )
     design = torch.cat([ours, torch.ones_like(ours[:, :1])], dim=1)

@@ -13,8 +13,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from switchkd.models import assemble_llava, freeze, load_llava, pathway
+from switchkd.models import assemble_llava, freeze, load_llava
 from switchkd.models.llava import recompute_activations
+from switchkd.models.pathway import pathway_of
 from switchkd.models.tiny import CHAT_TEMPLATE, tiny_text_config, tiny_tokenizer
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -112,7 +113,7 @@ def test_recomputing_runs_no_backward_through_a_frozen_tower(student, batch, fro
     layer = student.model.language_model.layers[0].mlp
     calls = []
     layer.register_forward_pre_hook(lambda *_: calls.append(True))
-    assert pathway.encode(student.train(), batch["pixel_values"]).requires_grad != frozen
+    assert pathway_of(student.train()).encode(batch["pixel_values"]).requires_grad != frozen
     student(**batch).loss.backward()
     assert len(calls) == 2
 

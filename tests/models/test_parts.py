@@ -32,8 +32,9 @@ from transformers import (
 
 from switchkd.data import Collator, Conversation, encode
 from switchkd.methods import SwitchKD
-from switchkd.models import assemble_llava, pathway
+from switchkd.models import assemble_llava
 from switchkd.models.config import StudentConfig
+from switchkd.models.pathway import pathway_of
 from switchkd.models.students import build_student
 from switchkd.models.tiny import tiny_llama_tokenizer, tiny_tokenizer
 
@@ -103,11 +104,12 @@ def test_any_tower_with_any_language_model(tmp_path, tower, kind):
 
     batch = batch_of(processor)
     pixels, ids, mask = batch["pixel_values"], batch["input_ids"], batch["attention_mask"]
-    assert (ids == student.config.image_token_id).sum() == 2 * pathway.visual_token_count(student) == 32
+    path = pathway_of(student)
+    assert (ids == student.config.image_token_id).sum() == 2 * path.visual_token_count == 32
     with torch.no_grad():
         stock = student.eval()(**batch).logits
-        hidden = pathway.decode(student, ids, mask, pathway.project(student, pathway.encode(student, pixels)))
-    torch.testing.assert_close(pathway.head(student, hidden)[mask.bool()], stock[mask.bool()], atol=1e-5, rtol=1e-5)
+        hidden = path.decode(ids, mask, path.project(path.encode(pixels)))
+    torch.testing.assert_close(path.head(hidden)[mask.bool()], stock[mask.bool()], atol=1e-5, rtol=1e-5)
 
     student.save_pretrained(tmp_path / "whole")
     processor.save_pretrained(tmp_path / "whole")

@@ -1,3 +1,5 @@
+from typing import get_args
+
 import pytest
 import torch
 from transformers import (
@@ -9,7 +11,8 @@ from transformers import (
 )
 
 from switchkd.methods import SwitchKD
-from switchkd.models import pathway
+from switchkd.models.config import Part
+from switchkd.models.pathway import pathway_of
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
 
@@ -37,34 +40,35 @@ def llava(vision, layer, strategy):
 )
 def test_the_four_steps_are_the_models_own_forward(config, layer, strategy):
     model = llava(config(**SIZES, image_size=32, patch_size=8), layer, strategy)
+    path = pathway_of(model)
     ids = torch.tensor([[5, *[3] * 16, 7, 8, 0, 0], [9, 10, *[3] * 16, 11, 12, 13]])
     mask = torch.tensor([[1] * 19 + [0] * 2, [1] * 21])
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        tokens = pathway.project(model, pathway.encode(model, pixels))
-        ours = pathway.head(model, pathway.decode(model, ids, mask, tokens))
+        ours = path.head(path.decode(ids, mask, path.project(path.encode(pixels))))
         stock = model(input_ids=ids, attention_mask=mask, pixel_values=pixels).logits
     assert torch.allclose(ours[mask.bool()], stock[mask.bool()], atol=1e-5)
 
 
 def test_image_tokens_and_visual_tokens_must_be_equally_many(student, batch):
-    tokens = pathway.project(student, pathway.encode(student, batch["pixel_values"][:1]))
+    path = pathway_of(student)
+    tokens = path.project(path.encode(batch["pixel_values"][:1]))
     with pytest.raises(
         ValueError, match=r"hold 32 image tokens \(id 3\) but the 1 images give 16 visual tokens: encode"
     ):
-        pathway.decode(student, batch["input_ids"], batch["attention_mask"], tokens)
+        path.decode(batch["input_ids"], batch["attention_mask"], tokens)
 
 
 def test_without_images_the_tower_stays_in_the_graph(student):
     ids = torch.tensor([[5, 6, 7]])
-    pixels = pathway.blank_pixels(student, like=ids)
-    tokens = pathway.project(student, pathway.encode(student, pixels))
-    hidden = pathway.decode(student, ids, None, tokens, blank=True)
+    path = pathway_of(student)
+    tokens = path.project(path.encode(path.blank_pixels(like=ids)))
+    hidden = path.decode(ids, None, tokens, blank=True)
     hidden.sum().backward()
     weight = student.model.vision_tower.embeddings.patch_embedding.weight
     assert weight.grad is not None
     assert weight.grad.abs().max() == 0
-    assert torch.allclose(pathway.head(student, hidden), student(input_ids=ids).logits, atol=1e-5)
+    assert torch.allclose(path.head(hidden), student(input_ids=ids).logits, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +82,8 @@ def test_without_images_the_tower_stays_in_the_graph(student):
 )
 def test_the_visual_tokens_of_an_image_are_what_encode_gives(config, strategy, tokens):
     model = llava(config(**SIZES, image_size=32, patch_size=8), -2, strategy)
-    assert pathway.visual_token_count(model) == tokens
-    assert pathway.encode(model, torch.randn(1, 3, 32, 32)).shape[1] == tokens
+    assert pathway_of(model).visual_token_count == tokens
+    assert pathway_of(model).encode(torch.randn(1, 3, 32, 32)).shape[1] == tokens
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -110,4 +114,21 @@ def test_autocast_projects_as_before(student, batch):
     with torch.autocast("cpu", torch.bfloat16):
         for dtype in (torch.float32, torch.bfloat16):
             expected = student.model.multi_modal_projector(features.to(dtype))
-            assert torch.equal(pathway.project(student, features.to(dtype)), expected)
+            assert torch.equal(pathway_of(student).project(features.to(dtype)), expected)
+
+
+def test_the_parts_and_the_head_are_all_of_the_model(student):
+    path = pathway_of(student)
+    parts = [*map(path.part, path.parts), path.head]
+    assert {id(weight) for part in parts for weight in part.parameters()} == {id(w) for w in student.parameters()}
+    assert list(path.parts) == list(get_args(Part))  # what a configuration calls them
+
+
+@pytest.mark.parametrize("kind", ["language model alone", "another family"])
+def test_a_model_of_no_known_family_is_refused(student, kind):
+    model = student.model.language_model
+    if kind == "another family":
+        model = student
+        model.config.model_type = "paligemma"
+    with pytest.raises(ValueError, match=f"'{model.config.model_type}'; known families are llava"):
+        pathway_of(model)

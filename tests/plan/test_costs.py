@@ -4,27 +4,18 @@ import pytest
 import torch
 from measured import measured_peak
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import LlamaConfig, Phi3Config, PhiConfig, Qwen2Config, Qwen3Config, StableLmConfig
 
 from switchkd.methods import SupervisedMethod, SwitchKD, terms
 from switchkd.models import freeze
+from switchkd.models.adapter import LinearAdapter
+from switchkd.models.llava import recompute_activations
 from switchkd.models.lora import add_lora
-from switchkd.models.shapes import SHAPES, llava_config
-from switchkd.models.tiny import random_llava
-from switchkd.plan.costs import (
-    GRADIENTS,
-    LANGUAGE_MODEL,
-    PROJECTOR,
-    SWITCH,
-    TEACHER,
-    TOWER,
-    Batch,
-    WithoutData,
-    fake,
-    fake_llava,
-    meta_llava,
-    part_parameters,
-    step_cost,
-)
+from switchkd.models.planned import planned_part
+from switchkd.models.shapes import llava_config
+from switchkd.models.tiny import random_llava, tiny_vision_config
+from switchkd.plan.costs import GRADIENTS, LANGUAGE_MODEL, PROJECTOR, SWITCH, TEACHER, TOWER, part_parameters, step_cost
+from switchkd.plan.fakes import Batch, WithoutData, fake, fake_llava, meta_llava
 from switchkd.plan.gpus import kept_memory
 
 SIZES = {"vision_hidden": 32, "vision_layers": 2, "image_size": 32, "patch_size": 8, "layers": 2}
@@ -92,8 +83,8 @@ def test_parameters_are_those_of_the_real_model(student):
 
 
 def test_true_size_arithmetic_agrees_with_a_count_by_hand():
-    vision = SHAPES["google/siglip-so400m-patch14-384"]
-    small, large = SHAPES["Qwen/Qwen2.5-0.5B"], SHAPES["Qwen/Qwen2.5-3B"]
+    vision = planned_part("google/siglip-so400m-patch14-384")
+    small, large = planned_part("Qwen/Qwen2.5-0.5B"), planned_part("Qwen/Qwen2.5-3B")
     student, teacher = (fake_llava(llava_config(vision, text, 151_665)) for text in (small, large))
     freeze(student)
     with WithoutData():
@@ -201,3 +192,39 @@ def test_parts_are_told_apart_on_the_way_back(student, teacher):
     assert (TEACHER, "backward") not in cost.flops
     projector = cost.flops[PROJECTOR, "forward"]
     assert cost.flops[PROJECTOR, "backward"] == 2 * projector
+
+
+LANGUAGE_MODELS = {
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, {"head_dim": 8}),
+    "llama": (LlamaConfig, {}),
+    "phi3": (Phi3Config, {"pad_token_id": 0}),
+    "phi": (PhiConfig, {}),
+    "stablelm": (StableLmConfig, {"use_qkv_bias": True}),
+}
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+def test_one_length_tells_the_arithmetic_of_another(kind):
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    make, fields = LANGUAGE_MODELS[kind]
+    text = make(**shape, num_key_value_heads=1, vocab_size=300, **fields)
+    small, large = (tiny_vision_config(width, 3, image_size=32, patch_size=8) for width in (16, 24))
+    student, teacher = (meta_llava(llava_config(vision, text, 299)) for vision in (small, large))
+    freeze(student)
+    recompute_activations(student)
+    with torch.device("meta"):
+        adapter = LinearAdapter.between(student, teacher)
+    fakes = [fake(each) for each in (student, teacher, adapter)]
+    with WithoutData():
+        method = SwitchKD(*fakes[:2], feature="relation", switch_adapter=fakes[2], gradient_checkpointing=True)
+    costs = {tokens: step_cost(method, Batch(3, tokens, answers=11).tensors(student)) for tokens in (90, 47)}
+    assert costs[90].flops_at(47, of=90) == costs[47].flops
+    assert costs[47].flops_at(90, of=47) == costs[90].flops
+    assert costs[90].flops_at(47, of=90)[TEACHER, "forward"] < costs[90].flops[TEACHER, "forward"]
+
+
+def test_without_a_kernel_of_attention_a_length_tells_nothing_of_another(student):
+    model = fake_llava(student.config)
+    model.set_attn_implementation("eager")
+    assert step_cost(SupervisedMethod(model), Batch(2, 30, 5).tensors(model)).flops_at(20, of=30) is None

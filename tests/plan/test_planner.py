@@ -73,8 +73,8 @@ def problems(plan, *, stop: bool = True) -> dict[str, str]:
     return {problem.field: problem.text for problem in plan.problems if problem.stops == stop}
 
 
-def shown(plan) -> str:
-    console = Console(file=io.StringIO(), width=100)
+def shown(plan, width: int = 80) -> str:
+    console = Console(file=io.StringIO(), width=width)
     show(plan, console)
     return console.file.getvalue()
 
@@ -314,12 +314,38 @@ def test_gpus_are_found_however_they_are_written():
     assert find_gpu("A100-40") is GPUS["a100-40"]
 
 
-def test_a_plan_is_shown_in_100_columns_and_text_is_never_markup(run):
-    plan = make_plan(replace(run, name="[red]run"), gpus=1)
-    text = shown(plan)
-    assert max(map(len, text.splitlines())) <= 100
-    assert "…" not in text
-    for word in ("[red]run on 1 x H100 SXM, ddp", "16 visual tokens", "switch, backward", "AdamW", "GPU-hours", "Disk"):
-        assert word in text
+def five_stages(run) -> Run:
+    earlier = StageConfig(run.data, TRAIN)
+    return replace(run, undistilled=True, teacher=replace(run.teacher, steps=5), pretrain=earlier, sft=earlier)
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_a_plan_of_five_stages_is_shown_whole_in_80_columns(run, width):
+    plan = make_plan(five_stages(replace(run, name="[red]run")), gpus=1)
+    long = replace(plan.stages[-1], steps=12_345_678, samples_a_second=123_456.7, hours=1_234_567.8)
+    long = replace(long, survey=replace(long.survey, samples=1_234_567_890, padded=131_072))
+    for each in (plan, replace(plan, stages=[*plan.stages[:-1], long])):
+        text = shown(each, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert "…" not in text
+        words = text.split()
+        for stage in plan.stages:  # in four tables, in each of them once or more
+            assert words.count(stage.name) >= 4, stage.name
+        for line in (
+            "[red]run on 1 x H100 SXM, ddp",
+            "16 visual tokens",
+            "switch, backward",
+            "AdamW",
+            "Disk",
+            "in all",
+        ):
+            assert line in text
+        for head in ("samples", "batch x GPUs", "x accumulation", "steps", "hours", "GPU-", "language model, head"):
+            assert head in text
+    for number in ("1,234,567,890", "131,072", "12,345,678", "123,456.7", "1,234,567.8"):
+        assert number in text
     assert "nothing that is checked here" in text
-    assert "0.25 of the dense bfloat16 peak of 989 TFLOP/s" in text
+
+
+def test_text_of_a_plan_names_its_share_of_the_peak(run):
+    assert "0.25 of the dense bfloat16 peak of 989 TFLOP/s" in shown(make_plan(run, gpus=1), 100)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from switchkd.models.config import StudentConfig
-from switchkd.models.pictures import image_settings
+from switchkd.models.image_processors import image_settings
 from switchkd.models.students import build_student
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -42,7 +42,7 @@ def tower(tmp_path):
     return folder
 
 
-def pictures(tower, **fields):
+def student_processor(tower, **fields):
     return build_student(StudentConfig(vision_tower=str(tower), **fields))[1]
 
 
@@ -56,7 +56,7 @@ def pixels(image_processor):
 
 def test_a_clip_folders_crop_survives(tmp_path, tower):
     (tower / "preprocessor_config.json").write_text(json.dumps(CLIP_SETTINGS))
-    processor = pictures(tower)
+    processor = student_processor(tower)
     expected = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     assert image_settings(processor.image_processor) == image_settings(expected)
     processor.save_pretrained(tmp_path / "saved")
@@ -70,20 +70,20 @@ def test_a_siglip_folders_mean_survives(tmp_path):
     SiglipVisionModel(SiglipVisionConfig(**SHAPE, image_size=32, patch_size=8)).save_pretrained(tmp_path)
     own = SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.1, 0.2, 0.3], resample=2)
     own.save_pretrained(tmp_path)
-    given = pictures(tmp_path).image_processor
+    given = student_processor(tmp_path).image_processor
     assert isinstance(given, SiglipImageProcessorPil)
     assert torch.equal(pixels(given), pixels(own))
 
 
 def test_without_settings_pictures_become_squares(tower):
-    settings = image_settings(pictures(tower).image_processor)
+    settings = image_settings(student_processor(tower).image_processor)
     assert settings["size"] == settings["crop_size"] == {"height": 32, "width": 32}
 
 
 def test_given_settings_win(tmp_path, tower, processor):
     (tower / "preprocessor_config.json").write_text(json.dumps(CLIP_SETTINGS))
     processor.save_pretrained(tmp_path / "teacher")  # a whole model's: nested in processor_config.json
-    given = pictures(tower, image_processor=str(tmp_path / "teacher")).image_processor
+    given = student_processor(tower, image_processor=str(tmp_path / "teacher")).image_processor
     assert image_settings(given) == image_settings(processor.image_processor)
 
 
@@ -98,16 +98,16 @@ def test_given_settings_win(tmp_path, tower, processor):
 def test_pictures_of_another_size_than_the_tower_reads(tower, settings, said):
     (tower / "preprocessor_config.json").write_text(json.dumps({**CLIP_SETTINGS, **settings}))
     with pytest.raises(ValueError, match=f"the image processor's {said}"):
-        pictures(tower)
+        student_processor(tower)
 
 
 def test_settings_that_cannot_be_read(tmp_path, tower):
     with pytest.raises(ValueError, match=r"student\.image_processor .*nothing has no preprocessor_config\.json"):
-        pictures(tower, image_processor=str(tmp_path / "nothing"))
+        student_processor(tower, image_processor=str(tmp_path / "nothing"))
     settings = tower / "preprocessor_config.json"
     settings.write_text(json.dumps({"image_processor_type": "ViTImageProcessorFast"}))
     with pytest.raises(ValueError, match=r"student\.vision_tower .* of type 'ViTImageProcessorFast': give student\.im"):
-        pictures(tower)
+        student_processor(tower)
     settings.write_text("{")
     with pytest.raises(ValueError, match=r"student\.vision_tower .*clip has no preprocessor_config\.json that can be"):
-        pictures(tower)
+        student_processor(tower)

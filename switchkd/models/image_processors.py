@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import (
-    CLIPImageProcessorPil,
-    LlavaImageProcessorPil,
-    PreTrainedConfig,
-    SiglipImageProcessorPil,
-)
+from transformers import LlavaImageProcessorPil, PreTrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
-# The PIL classes: equal pixels with and without torchvision, and what is saved names the plain class.
-IMAGE_PROCESSORS = {
-    "SiglipImageProcessor": SiglipImageProcessorPil,
-    "CLIPImageProcessor": CLIPImageProcessorPil,
-    "LlavaImageProcessor": LlavaImageProcessorPil,
-}
+from switchkd.models.towers import TOWERS
+
 SETTINGS_FILES = ("preprocessor_config.json", "processor_config.json")
 # What an image processor does to a picture, and the settings of each step.
 IMAGE_STEPS = {
@@ -29,37 +20,35 @@ IMAGE_STEPS = {
 }
 
 
-def load_pictures(path: str | Path, field: str, *, local_files_only: bool = False) -> BaseImageProcessor:
+def load_image_processor(path: str | Path, field: str, *, local_files_only: bool = False) -> BaseImageProcessor:
     """The image processor saved in a folder or under a Hub name, as its PIL class; `field` names what gave the path.
 
-    Raises ValueError where there is none, or one of another kind than SigLIP's, CLIP's or LLaVA's.
+    Raises ValueError where there is none, or one of another kind than a vision tower's of `TOWERS` or LLaVA's.
     """
-    way_out = "give student.image_processor, a folder or Hub name with the settings of a SigLIP or CLIP image processor"
+    # What is saved names the plain class.
+    classes = {tower.image_processor for tower in TOWERS.values()} | {LlavaImageProcessorPil}
+    known = {each.__name__.removesuffix("Pil"): each for each in classes}
+    way_out = f"give student.image_processor, a folder or Hub name with the settings of a {' or '.join(sorted(known))}"
     try:
         settings, _ = BaseImageProcessor.get_image_processor_dict(path, local_files_only=local_files_only)
     except OSError as error:
         raise ValueError(f"{field} {path} has no {SETTINGS_FILES[0]} that can be read: {way_out}") from error
     name = str(settings.get("image_processor_type", settings.get("feature_extractor_type")))
     kind = name.removesuffix("Pil").removesuffix("Fast").replace("FeatureExtractor", "ImageProcessor")
-    if kind not in IMAGE_PROCESSORS:
+    if kind not in known:
         raise ValueError(f"{field} {path} has an image processor of type {name!r}: {way_out}")
-    return IMAGE_PROCESSORS[kind].from_pretrained(path, local_files_only=local_files_only)
+    return known[kind].from_pretrained(path, local_files_only=local_files_only)
 
 
-def tower_pictures(path: str | Path, *, local_files_only: bool = False) -> BaseImageProcessor | None:
-    """The image processor saved beside a vision tower; None for a folder that holds none. Raises as `load_pictures`."""
+def tower_image_processor(path: str | Path, *, local_files_only: bool = False) -> BaseImageProcessor | None:
+    """The image processor saved beside a vision tower; None for a folder that holds none.
+
+    Raises as `load_image_processor`.
+    """
     folder = Path(path)
     if folder.is_dir() and not any((folder / file).is_file() for file in SETTINGS_FILES):
         return None
-    return load_pictures(path, "student.vision_tower", local_files_only=local_files_only)
-
-
-def square_pictures(vision: PreTrainedConfig) -> BaseImageProcessor:
-    """Pictures resized to the tower's square, whatever their shape, with its kind's mean and deviation."""
-    size = {"height": vision.image_size, "width": vision.image_size}
-    if vision.model_type == "clip_vision_model":
-        return CLIPImageProcessorPil(size=size, crop_size=size)
-    return SiglipImageProcessorPil(size=size)
+    return load_image_processor(path, "student.vision_tower", local_files_only=local_files_only)
 
 
 def check_picture_size(image_processor: BaseImageProcessor, vision: PreTrainedConfig) -> None:

@@ -1,5 +1,10 @@
 """Configurations without weights: well-known parts by their published sizes, and students as they are built."""
 
+import json
+import re
+from pathlib import Path
+
+import huggingface_hub.constants
 import pytest
 import torch
 from transformers import (
@@ -12,11 +17,20 @@ from transformers import (
     SiglipVisionModel,
 )
 
+from switchkd.models import load_llava
 from switchkd.models.config import StudentConfig, TeacherConfig
-from switchkd.models.shapes import SHAPES, TOKENS, part_config, student_config, teacher_config
-from switchkd.models.students import build_student
+from switchkd.models.planned import (
+    KNOWN,
+    known_names,
+    known_tokens,
+    planned_part,
+    student_config,
+    teacher_config,
+)
+from switchkd.models.students import build_processor, build_student, load_vision_tower
 from switchkd.models.tiny import LLAMA_CHAT_TEMPLATE, TEACHER, tiny_llama_tokenizer, tiny_vision_config
 
+ROOT = Path(__file__).parents[2]
 # Parameters as the models' pages and safetensors headers give them, tied heads counted once; a tower with its pooling
 # head and last norm.
 PUBLISHED = {
@@ -30,6 +44,7 @@ PUBLISHED = {
     "google/siglip-so400m-patch14-384": 428_225_600,
     "google/siglip2-so400m-patch14-384": 428_225_600,
     "google/siglip-base-patch16-224": 92_884_224,
+    "google/siglip-base-patch16-384": 93_176_064,
     "openai/clip-vit-large-patch14": 303_179_776,
     "openai/clip-vit-large-patch14-336": 303_507_456,
     "llava-hf/llava-1.5-7b-hf": 7_063_427_072,
@@ -47,29 +62,59 @@ def parameters(config):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_known_shape_has_the_published_parameters(name):
-    assert parameters(part_config(name)) == PUBLISHED[name]
+def test_a_known_part_has_the_published_parameters(name):
+    assert parameters(planned_part(name)) == PUBLISHED[name]
 
 
-def test_every_known_shape_is_held_to_a_published_number():
-    assert {name.removesuffix("-Instruct") for name in SHAPES} == PUBLISHED.keys()
-    for name, shape in SHAPES.items():
-        assert shape.to_dict() == SHAPES[name.removesuffix("-Instruct")].to_dict()
-    assert TOKENS.keys() == {name for name in SHAPES if "llava" not in name and not hasattr(SHAPES[name], "image_size")}
-    for name, tokens in TOKENS.items():
-        assert tokens <= SHAPES[name].vocab_size
+def test_every_known_part_is_held_to_a_published_number():
+    assert {name.removesuffix("-Instruct") for name in known_names()} == PUBLISHED.keys()
+    for name in known_names():
+        if name.endswith("-Instruct"):
+            assert parameters(planned_part(name)) == PUBLISHED[name.removesuffix("-Instruct")]
+    configs = {name: planned_part(name) for name in known_names()}
+    language_models = {n for n, c in configs.items() if c.model_type != "llava" and not hasattr(c, "image_size")}
+    assert known_tokens().keys() == language_models
+    for name, tokens in known_tokens().items():
+        assert tokens <= configs[name].vocab_size
 
 
-def test_a_known_shape_is_handed_out_as_a_copy():
-    part_config("Qwen/Qwen2.5-0.5B").vocab_size = 1
-    assert part_config("Qwen/Qwen2.5-0.5B").vocab_size == 151_936
+def test_known_parts_are_package_data():
+    globs = json.loads(re.search(r"package-data]\nswitchkd = (.*)", (ROOT / "pyproject.toml").read_text())[1])
+    packed = {file for glob in globs for file in (ROOT / "switchkd").glob(glob)}
+    assert {file for file in KNOWN.rglob("*") if file.is_file()} <= packed
+
+
+def test_a_real_run_reads_no_known_part(monkeypatch):
+    """Neither its code asks for them, nor is a name taken from them where the Hub is out of reach."""
+    readers = [
+        str(file.relative_to(ROOT))
+        for file in ROOT.glob("switchkd/**/*.py")
+        if "models.planned" in (text := file.read_text()) or '"known"' in text
+    ]
+    assert sorted(readers) == [
+        "switchkd/models/planned.py",
+        "switchkd/plan/planner.py",
+        "switchkd/tasks/vlm_rehearsal.py",
+    ]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    parts = StudentConfig(vision_tower="google/siglip-base-patch16-384", language_model="Qwen/Qwen2.5-0.5B")
+    whole = StudentConfig(path="llava-hf/llava-1.5-7b-hf")
+    for config in (parts, whole):
+        assert student_config(config).model_type == "llava"
+        for build in (build_student, build_processor):
+            with pytest.raises(FileNotFoundError, match=r"student\.\w+ \S+ is no folder here, and not on"):
+                build(config)
+    with pytest.raises(FileNotFoundError, match="siglip-base-patch16-384 is no folder here"):
+        load_vision_tower(parts.vision_tower)
+    with pytest.raises(FileNotFoundError, match=r"llava-1\.5-7b-hf is no folder here"):
+        load_llava(whole.path)
 
 
 def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = "Qwen/Qwen2.5-0.5B"
     Qwen2Config(vocab_size=77, hidden_size=16, num_attention_heads=2).save_pretrained(name)
-    assert part_config(name).vocab_size == 77
+    assert planned_part(name).vocab_size == 77
     assert student_config(StudentConfig(language_model=name)).image_token_id == 77  # no tokenizer: one row more
     with pytest.raises(ValueError, match="holds a model of type 'qwen2', not 'llava'"):
         teacher_config(TeacherConfig(path=name))
@@ -77,7 +122,7 @@ def test_a_folder_goes_before_a_known_name(tmp_path, monkeypatch):
 
 def test_folders_that_hold_no_model(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no config.json: give the folder of a saved model, or a Hub name"):
-        part_config(str(tmp_path))
+        planned_part(str(tmp_path))
     with pytest.raises(FileNotFoundError, match="gone does not exist: give the folder of a saved LLaVA model"):
         teacher_config(TeacherConfig(path=str(tmp_path / "gone")))
 
