@@ -28,7 +28,9 @@ def config(layers: int, tower_layers: int, width: int, *, read=-2, clip: bool = 
         vision = CLIPVisionConfig(**sizes, num_hidden_layers=tower_layers, image_size=32, patch_size=8)
     else:
         vision = tiny_vision_config(32, tower_layers, image_size=32, patch_size=8)
-    return llava_config(vision, text, 399, vision_feature_layer=read)
+    made = llava_config(vision, text, 399)
+    made.vision_feature_layer = read
+    return made
 
 
 def cost(
