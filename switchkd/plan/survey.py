@@ -81,10 +81,10 @@ def survey(
         return _assumed(data, visual_tokens, group_by_length, missing or "the student's tokenizer is not on this disk")
     # Rendered pictures are alike: a few of them tell the lengths of all.
     rendered = data.source == "steel" and data.train_images is not None
-    part = replace(data, test_split=None, train_images=min(data.train_images, 200) if rendered else data.train_images)
+    sample = replace(data, test_split=None, train_images=min(data.train_images, 200) if rendered else data.train_images)
     try:
-        conversations = load_conversations(part).train
-        samples = len(conversations) * data.train_images // part.train_images if rendered else len(conversations)
+        conversations = load_conversations(sample).train
+        samples = len(conversations) * data.train_images // sample.train_images if rendered else len(conversations)
         if len(conversations) > MEASURED:
             conversations = random.Random(0).sample(conversations, MEASURED)
         found = ConversationDataset(conversations, processor, data.max_length, max_bad_rate=1.0)
@@ -136,9 +136,9 @@ def _missing(data: DataConfig, field: str) -> str:
     """Why the training data cannot be read here; empty where it can."""
     if data.source == "steel":
         return ""
-    parts = [(field, data.root, data.train_split, data.source)]
-    parts += [(f"{field}.mixture[{i}]", part.root, part.split, part.source) for i, part in enumerate(data.mixture)]
-    for where, root, split, source in parts:
+    sources = [(field, data.root, data.train_split, data.source)]
+    sources += [(f"{field}.mixture[{i}]", each.root, each.split, each.source) for i, each in enumerate(data.mixture)]
+    for where, root, split, source in sources:
         for value in [root] if source == "voc" else [root, split]:
             try:
                 if value is None or not filled_in(value, where).exists():
@@ -153,9 +153,9 @@ def _assumed(data: DataConfig, visual_tokens: int, group_by_length: bool, why: s
     samples = known.samples if known else None
     if samples is not None and data.train_images is not None:
         samples = min(samples, data.train_images)
-    for part in data.mixture:
-        further = KNOWN_SETS.get(Path(part.split).stem)
-        samples = samples + round(further.samples * part.weight) if samples and further else None
+    for each in data.mixture:
+        further = KNOWN_SETS.get(Path(each.split).stem)
+        samples = samples + round(further.samples * each.weight) if samples and further else None
     texts = known.texts if known else TALKS
     longest = min(data.max_length or LONGEST, visual_tokens + (texts.longest or LONGEST))
     tokens = min(visual_tokens + texts.text, longest)

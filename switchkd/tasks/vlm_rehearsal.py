@@ -158,10 +158,10 @@ def _tiny_stage(stage: StageConfig | None, folder: Path) -> StageConfig | None:
 
 
 def _tiny_data(data: DataConfig, folder: Path) -> DataConfig:
-    parts = (MixtureConfig("llava", *_sample(part.split, folder), min(part.weight, 1.0)) for part in data.mixture)
+    mixture = (MixtureConfig("llava", *_sample(each.split, folder), min(each.weight, 1.0)) for each in data.mixture)
     # Boxes of the mixture go with it, and the fields that read them.
     boxes = {"voc": {}, "steel": {"first_pixel": 1}}.get(data.source, {"first_pixel": 1, "kinds": DataConfig.kinds})
-    data = replace(data, train_images=SAMPLES, test_images=SAMPLES, mixture=tuple(parts), **boxes)
+    data = replace(data, train_images=SAMPLES, test_images=SAMPLES, mixture=tuple(mixture), **boxes)
     if data.source != "llava":
         return data
     root, train_split = _sample(data.train_split, folder)
