@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import os
 import subprocess
 import sys
 import time
@@ -137,10 +138,11 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         "with opened(bench, 1) as pool: complete([Step.of(job) for job in todo], Path('x.jsonl'), pool)"
     )
     command = [sys.executable, "-c", code]
-    killed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}}  # eval is not installed
+    killed = subprocess.run(command, **where, capture_output=True, text=True, check=False)
     assert killed.returncode == 9, killed.stderr
     (tmp_path / "second").touch()
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    again = subprocess.run(command, **where, capture_output=True, text=True, check=True)
     assert again.stdout.splitlines()[0] == "3"
     assert [record["seed"] for record in read(tmp_path / "x.jsonl")] == [0, 1, 2, 3, 4]
 

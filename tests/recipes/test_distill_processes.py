@@ -30,7 +30,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     config = str(write_pair(tmp_path, train={"steps": 80, "checkpoint_every": 10}))
     assert start_process("--config", config, "--name", "whole").wait() == 0
     whole, killed = tmp_path / "runs/whole", tmp_path / "runs/killed"
-    stage = killed / "checkpoints/student"
+    stage = killed / "checkpoints/distil"
     process = start_process("--config", config, "--name", "killed")
     try:
         while not (stage / "checkpoint-10/checkpoint.json").exists():
