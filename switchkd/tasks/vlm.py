@@ -70,7 +70,7 @@ class Loaded:
     questions: list[Conversation]
     shared_vocab: int | None = None
     teacher: tuple[LlavaForConditionalGeneration, LlavaProcessor] | None = None
-    teacher_source: tuple[str, torch.dtype] | None = None
+    teacher_source: tuple[str, torch.dtype, str | None] | None = None
 
     @property
     def processor(self) -> LlavaProcessor:
@@ -85,7 +85,7 @@ def load(config: Run) -> Loaded:
     distilled = [stage for stage in stages if stage.method]
     teacher = shared = source = None
     if distilled:
-        source = (str(config.teacher.path or TEACHER), _dtype(distilled[0]))
+        source = (str(config.teacher.path or TEACHER), _dtype(distilled[0]), distilled[0].train.attn_implementation)
         teacher, teachers_processor = _load_teacher(config.teacher, *source)
         check_processor(teacher, teachers_processor, "teacher")
         config = replace(config, student=as_teacher_reads(config.student, config.teacher, teachers_processor))
@@ -98,6 +98,7 @@ def load(config: Run) -> Loaded:
         same_inputs(processor, teachers_processor)
     for stage in stages:
         if stage.name != "teacher":
+            _attend(student, stage.train.attn_implementation, stage.field("train"))
             freeze(student, stage.freeze)
             method_of(stage, student, teacher, shared)
     check_lora(student, stages)
@@ -120,6 +121,7 @@ def build_student(loaded: Loaded, stage: Stage, run: RunFolder) -> tuple[LlavaFo
         model, processor = build_model(config.student)
     else:
         model, processor = load_llava(run.model(stage.start))  # its folder too: only the last stage has another
+    _attend(model, stage.train.attn_implementation, stage.field("train"))
     freeze(model, stage.freeze)
     return model, processor
 
@@ -218,7 +220,7 @@ def _teacher_of(loaded: Loaded, stage: Stage, run: RunFolder) -> tuple[LlavaForC
     precision."""
     config = loaded.config
     path = run.model("teacher") if config.teacher.steps else config.teacher.path or TEACHER
-    source = (str(path), _dtype(stage))
+    source = (str(path), _dtype(stage), stage.train.attn_implementation)
     if loaded.teacher_source != source:
         loaded.teacher = None  # freed before the next one takes its place
         loaded.teacher, loaded.teacher_source = _load_teacher(config.teacher, *source), source
@@ -230,7 +232,7 @@ def _dtype(stage: Stage) -> torch.dtype:
 
 
 def _load_teacher(
-    teacher: TeacherConfig, path: str | Path, dtype: torch.dtype = torch.float32
+    teacher: TeacherConfig, path: str | Path, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The teacher and its processor, with the chat template that the configuration names for it."""
     if teacher.made_by and not Path(path).exists():
@@ -238,7 +240,22 @@ def _load_teacher(
             f"teacher.path is {path}, which does not exist: make it with accelerate launch recipes/train_vlm.py "
             f"--config {teacher.made_by}, or name another teacher"
         )
-    return load_llava(path, dtype, field="teacher.path", chat_template=teacher.chat_template)
+    model, processor = load_llava(path, dtype, field="teacher.path", chat_template=teacher.chat_template)
+    _attend(model, attention, "train")
+    return model, processor
+
+
+def _attend(model: LlavaForConditionalGeneration, attention: str | None, field: str) -> None:
+    """Lets every part of `model` compute attention in that way; None: in the way that it has.
+
+    Raises ValueError naming `field` where this machine, or a part of the model, cannot.
+    """
+    if attention is None:
+        return
+    try:
+        model.set_attn_implementation(attention)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{field}.attn_implementation is {attention}: {error}; leave it out, or take sdpa") from error
 
 
 def fit_adapter(

@@ -74,3 +74,8 @@ def test_lora_that_peft_cannot_do(refused, monkeypatch):
     monkeypatch.setattr("peft.inject_adapter_in_model", None)
     message = refused("--train.lora_rank", "2")
     assert "train.lora_rank is 2, but LoRA does not work here" in message
+
+
+def test_an_attention_that_this_machine_cannot_compute(refused):
+    message = refused("--train.attn_implementation", "flash_attention_2")
+    assert "train.attn_implementation is flash_attention_2: " in message
