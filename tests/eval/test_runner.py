@@ -138,10 +138,8 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
         "with opened(bench, 1) as pool: complete([Step.of(job) for job in todo], Path('x.jsonl'), pool)"
     )
     command = [sys.executable, "-c", code]
-    where = {
-        "cwd": tmp_path,
-        "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    }  # eval is not installed
+    # eval is not installed.
+    where = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}}
     killed = subprocess.run(command, **where, capture_output=True, text=True, check=False)
     assert killed.returncode == 9, killed.stderr
     (tmp_path / "second").touch()
