@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from switchkd.config_file import read_yaml
 from switchkd.data.conversations.conversation import IMAGE_MARK, Conversation
 from switchkd.data.images import check_image, load_image
 from switchkd.evaluation import Answer, generate_answers, parse_boxes
@@ -75,6 +76,9 @@ def model_path(name: str) -> str:
     """
     folder = Path(name)
     if (folder / "config.yaml").is_file() and not (folder / "config.json").is_file():
+        task = read_yaml(folder / "config.yaml").get("task", "vlm")
+        if task != "vlm":
+            raise ValueError(f"{name} is a run of the task {task}, whose models answer no questions: give one of vlm")
         folder = folder / "student"
         if not folder.is_dir():
             raise ValueError(f"{name} is a run without a finished student: resume it, or give one of its other models")

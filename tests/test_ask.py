@@ -87,6 +87,14 @@ def test_one_model_is_in_memory_at_a_time(small, steel, monkeypatch):
     assert len(alive) == 3
 
 
+@pytest.mark.parametrize("task", ["detector", "classifier"])
+def test_a_run_of_another_task_is_refused_by_its_name(tmp_path, task):
+    (tmp_path / "config.yaml").write_text(f"name: a\ntask: {task}\n")
+    (tmp_path / "student").mkdir()
+    with pytest.raises(ValueError, match=f"is a run of the task {task}, whose models answer no questions"):
+        model_path(str(tmp_path))
+
+
 def test_a_run_folder_stands_for_its_student(small, steel, tmp_path):
     run = tmp_path / "runs/plate"
     run.mkdir(parents=True)
