@@ -139,7 +139,7 @@ def test_a_stage_fits_trains_and_exports(tmp_path, narrow, teacher, samples, cap
     run = RunFolder.start(config)
     given = SimpleNamespace(samples=lambda data: samples, processor=tiny_processor(image_size=32, patch_size=16))
     (stage,) = config.stages()
-    loaded = vlm.Loaded(config, given, [], None, (teacher, None), (str(TEACHER), torch.float32))
+    loaded = vlm.Loaded(config, given, [], None, (teacher, None), (str(TEACHER), torch.float32, None))
     train_stage(vlm, loaded, stage, run)
     assert "switch adapter: explains" in capsys.readouterr().out
     records = [json.loads(line) for line in (run.path / "log.jsonl").read_text().splitlines()]
