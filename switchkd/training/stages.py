@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -38,7 +39,14 @@ def train_run(task: ModuleType, config: Any) -> Path:
     if config.tiny:
         config = task.rehearse(config)
     RunFolder.check(config)
-    for stage in config.stages():
+    stages = config.stages()
+    if len(stages) > 1 and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        names = ", ".join(stage.name for stage in stages)
+        raise ValueError(
+            f"ZeRO-3 trains one stage in a process, and this run has {len(stages)} ({names}): take ZeRO-2 "
+            "(recipes/accelerate/zero2.yaml), or make each stage a run"
+        )
+    for stage in stages:
         check_settings(stage.train, stage.field("train"))
     loaded = task.load(config)
     config = loaded.config

@@ -79,3 +79,9 @@ def test_lora_that_peft_cannot_do(refused, monkeypatch):
 def test_an_attention_that_this_machine_cannot_compute(refused):
     message = refused("--train.attn_implementation", "flash_attention_2")
     assert "train.attn_implementation is flash_attention_2: " in message
+
+
+@pytest.mark.parametrize("arguments", [[], ["--undistilled", "false", "--sft", "{}"]])
+def test_several_stages_under_zero_3(refused, monkeypatch, arguments):
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    assert "ZeRO-3 trains one stage in a process, and this run has 2 (" in refused(*arguments)
