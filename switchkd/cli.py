@@ -204,10 +204,16 @@ def train(
     from switchkd.tasks import load_config
     from switchkd.train import train as train_run
 
-    if config is None and "--resume" not in " ".join(ctx.args):
-        raise ValueError("give CONFIG, a YAML file or one of `switchkd configs`, or --name NAME --resume")
-    default = find("quickstart" if config is None else config)
-    train_run(load_config(ctx.args, default=default, prog="switchkd train"))
+    words = list(ctx.args)
+    if config is not None and config.startswith("-"):  # click takes a field that comes first for CONFIG
+        words, config = [config, *words], None
+    given = [word.partition("=")[0] for word in words]
+    if config is None and "--resume" not in given and "--config" not in given:
+        raise ValueError("give CONFIG first, a YAML file or one of `switchkd configs`, or --name NAME --resume")
+    if config is not None and "--config" in given:
+        raise ValueError(f"CONFIG is {config} and --config is also given: keep one of them")
+    default = None if config is None else find(config)
+    train_run(load_config(words, default=default, prog="switchkd train"))
 
 
 @app.command(cls=Verb)

@@ -184,7 +184,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 
 def filled_in(path: str, field: str) -> Path:
     """`path` with its $VARIABLES; ValueError naming `field` where one of them is not set."""
-    whole = os.path.expandvars(path)
+    whole = os.path.expanduser(os.path.expandvars(path))
     if "$" in whole:
         raise ValueError(f"{field} is {path} and that variable is not set: set it, or give --{field}")
     return Path(whole)

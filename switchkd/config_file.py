@@ -41,12 +41,12 @@ for _rules in (_Loader, _Dumper):
     _rules.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))
 
 
-def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
-    """The mapping that the file holds. Raises FileNotFoundError for a missing file, ValueError naming the file where it
+def read_yaml(path: str | os.PathLike, field: str = "--config") -> dict[str, Any]:
+    """The mapping that the file holds; `field` says what names it. Raises FileNotFoundError for a missing file, ValueError naming the file where it
     is no YAML, holds no mapping, or gives a key twice."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"--config is {path}, which is not a file: `switchkd configs` lists the shipped ones")
+        raise FileNotFoundError(f"{field} is {path}, which is not a file: `switchkd configs` lists the shipped ones")
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -93,7 +93,8 @@ def from_file(file: Path) -> Callable[[str, str], str]:
     """Paths relative to `file` -> relative to the working folder where they lie below it, else absolute."""
 
     def change(path: str, rule: str) -> str:
-        if path.startswith("$") or path.startswith("~") or os.path.isabs(path):
+        path = os.path.expanduser(path)
+        if path.startswith("$") or os.path.isabs(path):
             return path
         there = os.path.normpath(os.path.join(os.path.abspath(file.parent), path))
         explicit = path.split("/")[0] in (".", "..")
@@ -106,7 +107,8 @@ def from_file(file: Path) -> Callable[[str, str], str]:
 
 def absolute(path: str, rule: str) -> str:
     """The path wherever it is read from; what is no path on this disk (a Hub name) and $VARIABLES stay."""
-    if path.startswith("$") or path.startswith("~") or (rule != "always" and not os.path.exists(path)):
+    path = os.path.expanduser(path)
+    if path.startswith("$") or (rule != "always" and not os.path.exists(path)):
         return path
     return os.path.abspath(path)
 

@@ -78,8 +78,8 @@ class RunFolder:
             reached = [stage.name for stage in path.glob("checkpoints/*") if any(stage.iterdir())]
             where = f", in stage {', '.join(reached)}" if reached else ""
             raise FileExistsError(
-                f"{path} holds a run that is not finished{where}: go on with it (--name {path.name} --resume), or give "
-                "this one another --name"
+                f"{path} holds a run that is not finished{where}: go on with it (--name {path.name} --out "
+                f"{path.parent} --resume), or give this one another --name"
             )
 
     @classmethod

@@ -39,7 +39,10 @@ def train(config: Run, *, distils: bool | None = None) -> Path:
 
 def one_line(main: Callable[[], object], verb: str = "") -> int:
     """The exit status of a recipe, or of `verb` of the command line: what the user can mend ends as one line on stderr
-    and status 2, an interruption as the command that goes on and status 130; other errors keep their traceback."""
+    and status 2, an interruption as the command that goes on and status 130; other errors keep their traceback.
+
+    That is this process's: accelerate launch adds a traceback of its own for a status that is not 0.
+    """
     try:
         main()
     except (ValueError, OSError) as error:
@@ -49,7 +52,7 @@ def one_line(main: Callable[[], object], verb: str = "") -> int:
         _say(verb, f"stopped: {stop}; go on with: {shlex.join([*_command(verb), *stop.resume])}")
         return 130
     except KeyboardInterrupt:
-        _say(verb, "stopped before anything was trained")
+        _say(verb, "stopped before training began")
         return 130
     finally:
         _leave_group()
@@ -57,11 +60,14 @@ def one_line(main: Callable[[], object], verb: str = "") -> int:
 
 
 def _command(verb: str) -> list[str]:
-    """What started this process, without its arguments."""
+    """What started this process, without its arguments: another number of processes could not resume its run."""
+    several = ["--num_processes", os.environ["WORLD_SIZE"]] if int(os.environ.get("WORLD_SIZE", "1")) > 1 else []
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        several = ["--config_file", "recipes/accelerate/zero2.yaml", *several]
     if verb:
-        return ["switchkd", verb]
-    launcher = ["accelerate", "launch"] if "ACCELERATE_MIXED_PRECISION" in os.environ else ["python"]
-    return [*launcher, sys.argv[0]]
+        return ["accelerate", "launch", *several, "-m", "switchkd", verb] if several else ["switchkd", verb]
+    launched = several or "ACCELERATE_MIXED_PRECISION" in os.environ
+    return [*(["accelerate", "launch", *several] if launched else ["python"]), sys.argv[0]]
 
 
 def _say(verb: str, line: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import torch
 
@@ -13,6 +15,14 @@ SMALL = {"vision_hidden": 32, "vision_layers": 2, "image_size": 32, "patch_size"
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ctrl_c_is_not_ignored():
+    """A shell ignores SIGINT for what it runs in the background, and the processes that tests start inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

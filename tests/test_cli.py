@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import switchkd
 from switchkd.cli import app
+from switchkd.runs import RunFolder
 
 VERBS = ("plan", "inspect", "ask", "convert")
 
@@ -52,6 +53,7 @@ def test_help_and_usage_errors_import_no_torch():
     code = """
 import sys
 from switchkd.cli import app
+from switchkd.runs import RunFolder
 for words in ([], *([verb, "--help"] for verb in sys.argv[1:]), ["ask", "nothing"]):
     try:
         app(words)
@@ -162,3 +164,39 @@ def test_convert_refuses_a_missing_template(converted, tmp_path):
     message = "--chat-template is no.jinja, which is not a file: name a Jinja file"
     assert ran.stderr == f"switchkd convert: error: {message}\n"
     assert converted == []
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The configurations that `switchkd train` was about to train."""
+    runs = []
+    monkeypatch.setattr("switchkd.train.train", runs.append)
+    return runs
+
+
+def test_train_takes_a_configuration_and_fields_or_the_run_to_resume(trained, run_file, tmp_path):
+    assert call("train", run_file, "--train.lr", "2e-3").exit_code == 0
+    assert call("train", "neu_det", "--data.root", tmp_path).exit_code == 0
+    assert [run.name for run in trained] == ["plate", "neu_det"]
+    RunFolder.start(trained[0])
+    out = tmp_path / "runs"
+    for words in (
+        ["--name", "plate", "--out", out, "--resume"],
+        ["--resume", "--name=plate", f"--out={out}"],
+    ):
+        ran = call("train", *words, "--data.train_images", "4")
+        assert ran.exit_code == 0, ran.stderr
+        assert (trained[-1].resume, trained[-1].train.lr, trained[-1].name) == (True, 2e-3, "plate")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--train.lr", "1"], "give CONFIG first, a YAML file or one of `switchkd configs`, or --name NAME --resume"),
+        (["quickstart", "--config", "x.yaml"], "CONFIG is quickstart and --config is also given: keep one of them"),
+    ],
+)
+def test_train_without_a_clear_configuration_is_one_line(trained, words, message):
+    ran = call("train", *words)
+    assert (ran.exit_code, ran.stderr) == (2, f"switchkd train: error: {message}\n")
+    assert trained == []

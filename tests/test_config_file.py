@@ -77,7 +77,7 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path, capsys, text, message):
 FILE = """
 name: a
 data: {source: llava, root: pictures, train_split: talks/train.json, test_split: null}
-teacher: {path: models/big, made_by: other.yaml}
+teacher: {path: models/big}
 student: {vision_tower: google/siglip-base-patch16-224, language_model: ./models/small}
 """
 
@@ -93,7 +93,7 @@ def test_paths_are_relative_to_their_file_and_hub_names_stay(tmp_path, monkeypat
         run = load_config(["--config", given])
         assert run.data.root == str(place / "pictures")
         assert run.data.train_split == str(place / "talks/train.json")
-        assert (run.teacher.path, run.teacher.made_by) == (str(place / "models/big"), str(place / "other.yaml"))
+        assert run.teacher.path == str(place / "models/big")
         assert run.student.vision_tower == "google/siglip-base-patch16-224"
         assert run.student.language_model == str(place / "models/small")
     monkeypatch.chdir(place)
@@ -146,3 +146,30 @@ def test_a_misspelt_field_of_a_file_too(tmp_path, capsys):
     with pytest.raises(SystemExit):
         load_config(["--config", str(tmp_path / "run.yaml")])
     assert "the nearest field is train.steps" in capsys.readouterr().err
+
+
+def test_another_teacher_is_not_made_by_the_configuration_of_the_first(tmp_path):
+    (tmp_path / "big.yaml").write_text("name: big\ndistil: null\nsft: {}\n")
+    (tmp_path / "run.yaml").write_text("name: a\nteacher: {made_by: big.yaml}\n")
+    file = ["--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path)]
+    for other in ("org/Some-LLaVA", str(tmp_path / "elsewhere")):
+        teacher = load_config([*file, "--teacher.path", other]).teacher
+        assert (teacher.path, teacher.made_by) == (other, None)
+    same = load_config([*file, "--teacher.path", str(tmp_path / "big/student")]).teacher
+    assert same.made_by == str(tmp_path / "big.yaml")
+
+
+def test_a_resumed_run_takes_fields_of_its_own_source(tmp_path):
+    given = ["--name", "a", "--out", str(tmp_path)]
+    RunFolder.start(load_config([*given, "--data.source", "voc", "--data.root", "/old"]))
+    quickstart = Path(__file__).parents[1] / "recipes/configs/quickstart.yaml"
+    for default in (None, quickstart):
+        run = load_config([*given, "--resume", "--data.root", "/new"], default=default)
+        assert (run.data.source, run.data.root, run.resume) == ("voc", "/new", True)
+
+
+def test_a_home_folder_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("name: a\nout: ~/runs\ndata: {source: voc, root: ~/plates}\n")
+    run = load_config(["--config", str(tmp_path / "run.yaml")])
+    assert (run.out, run.data.root) == (str(tmp_path / "runs"), str(tmp_path / "plates"))

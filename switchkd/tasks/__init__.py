@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,18 +27,34 @@ def load_config(
     if any(word.partition("=")[0] == "--config" for word in argv):
         given = []
     elif any(word.partition("=")[0] == "--resume" for word in argv):
-        named = config.load(Run, [*given, *argv], prog=prog)
+        # Of which run, is all that is asked here: the other fields are set on its own configuration.
+        named = config.load(Run, [*given, *_only(argv, "--name", "--out", "--resume")], prog=prog)
         own = named.folder / "config.yaml"
         if named.resume and own.is_file():
             given = ["--config", str(own)]
     run = config.load(Run, [*given, *argv], prog=prog)
     teacher = run.teacher
-    if teacher.made_by and not teacher.path:
-        name = read_yaml(teacher.made_by).get("name")
-        run = replace(run, teacher=replace(teacher, path=str(Path(run.out) / str(name) / "student")))
+    if teacher.made_by:
+        made = Path(run.out) / str(read_yaml(teacher.made_by, "teacher.made_by").get("name")) / "student"
+        if not teacher.path:
+            run = replace(run, teacher=replace(teacher, path=str(made)))
+        elif os.path.abspath(teacher.path) != os.path.abspath(made):  # another teacher, which that run does not make
+            run = replace(run, teacher=replace(teacher, made_by=None))
     return run
 
 
 def task_of(run: Run) -> ModuleType:
     """The module of plain functions that knows the models and the data of `run`; importing it imports torch."""
     return importlib.import_module(f"switchkd.tasks.{run.task}")
+
+
+def _only(argv: list[str], *options: str) -> list[str]:
+    """Those options of `argv`, each with its value."""
+    kept: list[str] = []
+    takes = False
+    for word in argv:
+        if word.startswith("--"):
+            takes = word.partition("=")[0] in options
+        if takes:
+            kept.append(word)
+    return kept

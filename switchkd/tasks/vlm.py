@@ -189,6 +189,8 @@ def _check_export(config: Run, student: LlavaForConditionalGeneration, processor
     with tempfile.TemporaryDirectory() as folder:
         processor.save_pretrained(folder)
     stages = [stage for stage in config.stages() if stage.name != "teacher"]
+    if config.resume:
+        stages = [stage for stage in stages if not (config.folder / stage.folder).exists()]
     needed = 4 * len(stages) * sum(parameter.numel() for parameter in student.parameters())
     there = next(each for each in (Path(config.out).absolute(), *Path(config.out).absolute().parents) if each.exists())
     if (free := shutil.disk_usage(there).free) < needed:

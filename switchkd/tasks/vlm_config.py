@@ -160,6 +160,13 @@ def _check(stage: Stage) -> None:
                 f"{train}.lora_rank is {stage.train.lora_rank}, with adapters on {part}, but {frozen} names it: drop "
                 "one of them"
             )
+    terms = ["loss", "ce", *(name for name in ("align", "switch", "feature") if getattr(stage.method, name, None))]
+    measured = [f"eval_{term}" for term in terms]
+    if stage.train.keep_best and stage.train.keep_best not in measured:
+        raise ValueError(
+            f"{train}.keep_best is {stage.train.keep_best}, and stage {stage.name} measures {', '.join(measured)}: "
+            "take one of them"
+        )
     if stage.method and not stage.method.distils:
         raise ValueError(
             f"every term of {stage.field('method')} is null, so that stage {stage.name} learns nothing of the teacher: "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ from switchkd.training.memory import keep_freed_memory
 from switchkd.training.processes import process_state
 from switchkd.training.reports import finish_reports
 from switchkd.training.trainer import DistillTrainer
+from switchkd.training.zero import launched_stage
 
 
 def train_run(task: ModuleType, config: Any) -> Path:
@@ -40,7 +40,7 @@ def train_run(task: ModuleType, config: Any) -> Path:
         config = task.rehearse(config)
     RunFolder.check(config)
     stages = config.stages()
-    if len(stages) > 1 and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+    if len(stages) > 1 and launched_stage() == 3:
         names = ", ".join(stage.name for stage in stages)
         raise ValueError(
             f"ZeRO-3 trains one stage in a process, and this run has {len(stages)} ({names}): take ZeRO-2 "

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from switchkd.training.checkpoints import drop_frozen
+
+
+def launched_stage() -> int:
+    """The ZeRO stage that accelerate was launched with; 0 for none."""
+    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and "ACCELERATE_DEEPSPEED_ZERO_STAGE" not in os.environ:
+        return 0
+    if file := os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        return int(json.loads(Path(file).read_text()).get("zero_optimization", {}).get("stage", 0))
+    return int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "0"))
 
 
 def save_engine(engine: Any, method: nn.Module, folder: str | os.PathLike) -> None:

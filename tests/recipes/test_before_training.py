@@ -82,6 +82,12 @@ def test_an_attention_that_this_machine_cannot_compute(refused):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--undistilled", "false", "--sft", "{}"]])
-def test_several_stages_under_zero_3(refused, monkeypatch, arguments):
-    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+@pytest.mark.parametrize("by_file", [True, False])
+def test_several_stages_under_zero_3(tmp_path, refused, monkeypatch, arguments, by_file):
+    if by_file:
+        (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "zero.json"))
+    else:
+        monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     assert "ZeRO-3 trains one stage in a process, and this run has 2 (" in refused(*arguments)

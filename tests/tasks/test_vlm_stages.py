@@ -137,3 +137,11 @@ def test_a_distilling_stage_without_a_picture_warns(tmp_path, caplog, distils, w
     said = [record.message for record in caplog.records if "picture" in record.message]
     assert len(said) == warned
     assert all(config.last.name in message for message in said)
+
+
+@pytest.mark.parametrize("best", ["eval_switch", "eval_align"])
+def test_what_a_control_cannot_measure_decides_nothing(best):
+    train = TrainConfig(eval_every=10, keep_best=best)
+    with pytest.raises(ValueError, match=f"keep_best is {best}, and stage undistilled measures eval_loss, eval_ce"):
+        Run(name="a", train=train)
+    assert Run(name="a", train=train, undistilled=False).last.train.keep_best == best

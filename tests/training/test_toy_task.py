@@ -141,6 +141,16 @@ def run(**settings) -> int:
     return done.returncode
 
 
+@pytest.fixture
+def _one_thread():
+    """As the started processes have: sums, and so weights, differ with the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
 def test_a_killed_run_goes_on_bit_for_bit_and_no_teacher_is_in_its_checkpoint(tmp_path):
     whole = trainer_of(tmp_path / "whole", gradient_accumulation_steps=2)
     whole.train()
