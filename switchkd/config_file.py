@@ -42,8 +42,11 @@ for _rules in (_Loader, _Dumper):
 
 
 def read_yaml(path: str | os.PathLike, field: str = "--config") -> dict[str, Any]:
-    """The mapping that the file holds; `field` says what names it. Raises FileNotFoundError for a missing file, ValueError naming the file where it
-    is no YAML, holds no mapping, or gives a key twice."""
+    """The mapping that the file holds; `field` says what names it.
+
+    Raises FileNotFoundError for a missing file, ValueError naming the file where it is no YAML, holds no mapping, or
+    gives a key twice.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{field} is {path}, which is not a file: `switchkd configs` lists the shipped ones")
